@@ -1,0 +1,129 @@
+"""What a rule's client code sees: some clients side by side, axis 0 = client."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hanse.core.gradients import Path
+from hanse.core.messages import Tensors, Upload
+from hanse.core.optim import Optimizer
+from hanse.core.problem import Problem
+from hanse.core.samples import Batch, Plan, Samples
+from hanse.core.streams import Streams
+
+Direction = Callable[["Context", Tensor, Batch], Tensor]
+"""``(ctx, w [C, P], batch) -> [C, P]``: one local step's direction; the optimiser then moves against it."""
+
+
+@dataclass
+class Context:
+    """The work of C clients in one round.
+
+    ``message``: what the server sent, each tensor shared by all (``[P]``) or a row a client (``[C, P]``). ``state``: what these
+    clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: nobody needs single clients' sums, so ``train`` may
+    return them added up.
+    """
+
+    problem: Problem
+    path: Path
+    samples: Samples
+    streams: Streams
+    round: int
+    ids: Tensor
+    message: Tensors
+    state: Tensors
+    plan: Plan
+    lr: float
+    local: Optimizer
+    clip: float | None = None
+    totals: bool = False
+    loss: Tensor = field(default_factory=lambda: torch.zeros(0))
+    buffers: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    private: Tensor | None = None
+    _first_pass: bool = True
+    _private_gradient: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.counts = self.samples.counts(self.ids)
+        self.steps = self.plan.lengths(self.counts)
+        self.loss = torch.zeros(len(self.ids), dtype=self.problem.dtype, device=self.problem.device)
+
+    @property
+    def start(self) -> Tensor:
+        """The model the clients start from, ``[P]`` or ``[C, P]``."""
+        return self.message["x"]
+
+    def grad(self, w: Tensor, batch: Batch) -> Tensor:
+        """Gradient of every client's mean batch loss at ``w`` ``[C, P]``, clipped to norm ``clip`` if that is set.
+
+        Only the first call in a step counts towards the reported loss and the running statistics, so a second evaluation
+        (at a perturbed or an older point) leaves both alone.
+        """
+        full = w if self.private is None else torch.cat([w, self.private[: len(w)]], 1)
+        buffers = self.buffers if self._first_pass else self.buffers.clone()
+        g, loss = self.path.grad(full, batch, buffers)
+        if self.private is not None:
+            g, private_gradient = g[:, : w.shape[1]].contiguous(), g[:, w.shape[1] :]
+        if self._first_pass:
+            self._first_pass = False
+            self.loss += loss
+            if self.private is not None:
+                self._private_gradient = private_gradient
+        return g if self.clip is None else g * (self.clip / g.norm(dim=1, keepdim=True)).clamp(max=1)
+
+    def first(self, active: int) -> Context:
+        """The same work, seen by its first ``active`` clients; memory is shared."""
+        part = copy.copy(self)
+        part.ids, part.counts, part.steps = self.ids[:active], self.counts[:active], self.steps[:active]
+        part.loss, part.buffers = self.loss[:active], self.buffers[:active]
+        part.private = None if self.private is None else self.private[:active]
+        part.state = {n: t[:active] for n, t in self.state.items()}
+        if self.start.dim() > 1:
+            part.message = {n: t[:active] for n, t in self.message.items()}
+        return part
+
+    def descend(self, direction: Direction) -> Tensor:
+        """Take all local steps from ``start``; returns the end points ``[C, P]``."""
+        clients, size = len(self.ids), self.start.shape[-1]
+        w = self.start.expand(clients, size).clone()
+        slots = self.local.slots(w)
+        view = self
+        for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.round):
+            if active != len(view.ids):
+                view = self.first(active)
+            view._first_pass = True
+            here = w[:active]
+            d = direction(view, here, batch)
+            if not self.local.plain:
+                d = self.local.direction(d, {n: s[:active] for n, s in slots.items()}, here)
+            here.add_(d, alpha=-self.lr)
+            if view.private is not None and view._private_gradient is not None:
+                view.private.add_(view._private_gradient, alpha=-self.lr)
+        self.loss /= self.steps.clamp(min=1)
+        return w
+
+    def displacement(self, direction: Direction) -> Tensor:
+        """``w_K - start`` of every client, ``[C, P]``."""
+        return self.descend(direction).sub_(self.start)
+
+    def total_displacement(self, weight: Tensor) -> Tensor | None:
+        """``sum_i weight_i (w_iK - start)`` ``[P]`` of plain gradient descent by the exact shortcuts; None where they do not apply."""
+        if not self.totals or self.path.descend is None or not self.local.plain:
+            return None
+        if self.clip is not None or self.private is not None or self.start.dim() > 1:
+            return None
+        batches = self.plan.batches(self.samples, self.ids, self.streams, self.round)
+        total, self.loss = self.path.descend(self.start, batches, self.steps.tolist(), self.lr, weight)
+        return total
+
+    def upload(self, weight: Tensor, rows: Tensors | None = None, **sums: Tensor) -> Upload:
+        """Declare what the server may see: ``sums`` weighted by ``weight`` ``[C]``, and ``rows``."""
+        totalled = any(t.dim() == 1 for t in sums.values())
+        if "buffers" in self.message:
+            sums["buffers"] = self.buffers
+        return Upload(self.ids, weight, sums, rows or {}, self.loss, totalled)

@@ -1,0 +1,120 @@
+"""Parts: the frozen, validated pieces a run is composed of (rules, schedules, codecs, fleets, partitions, tasks, optimisers).
+
+A part is a pydantic model, so one declaration is at once the Python call, the TOML value, the command-line flag and the
+documentation: ``dirichlet(alpha=0.3)`` reads the same in all of them, and ``str(part)`` writes it back.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from hanse.core.errors import ConfigError, unknown
+
+
+class Part(BaseModel):
+    """Base of every configurable piece.
+
+    A direct subclass opens a *kind* (``Method``, ``Codec``, ...); every concrete class below it is found by its name, in any
+    case, with ``-`` read as ``_``. Positional arguments are taken in the order of the fields. A string is accepted wherever
+    a part is: ``FedAvg(local="sgd(momentum=0.9)")``.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True, validate_default=True
+    )
+    kind: ClassVar[str] = "part"
+    abstract: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = list(type(self).model_fields)
+        if len(args) > len(names):
+            raise ConfigError(f"{type(self).__name__}: {len(args)} positional values, at most {len(names)} are allowed")
+        for name, value in zip(names, args, strict=False):
+            if name in kwargs:
+                raise ConfigError(f"{type(self).__name__}.{name}: given twice")
+            kwargs[name] = value
+        try:
+            super().__init__(**kwargs)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self).__name__)) from None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "abstract" not in cls.__dict__:
+            cls.abstract = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return cls.parse(value) if isinstance(value, str) else value
+
+    def __str__(self) -> str:
+        """``name(key=value, ...)`` with the fields that differ from their defaults; ``parse`` reads it back."""
+        changed = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        values = ", ".join(f"{k}={v if isinstance(v, Part) else repr(v)}" for k, v in changed.items())
+        return f"{type(self).__name__}({values})" if values else type(self).__name__
+
+    __repr__ = __str__
+
+    @classmethod
+    def registry(cls) -> dict[str, type[Self]]:
+        """Every concrete class of this kind, by name."""
+        found: dict[str, type[Self]] = {}
+        stack = [cls]
+        while stack:
+            part = stack.pop()
+            stack += part.__subclasses__()
+            if not part.abstract:
+                found.setdefault(part.__name__, part)
+        return dict(sorted(found.items(), key=lambda item: item[0].casefold()))
+
+    @classmethod
+    def named(cls, name: str) -> type[Self]:
+        """The class called ``name`` (any case, ``-`` read as ``_``); raises ``ConfigError`` with the nearest names."""
+        registry = cls.registry()
+        folded = {_fold(key): part for key, part in registry.items()}
+        if _fold(name) not in folded:
+            raise unknown(cls.kind, name, registry)
+        return folded[_fold(name)]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Build a part from ``name`` or ``name(key=value, ...)``; values are Python literals or further parts."""
+        match = re.fullmatch(r"\s*([A-Za-z_][\w-]*)\s*(\(.*\))?\s*", text, re.DOTALL)
+        try:
+            call = ast.parse(f"f{match[2] or '()'}", mode="eval").body if match else None
+        except SyntaxError:
+            call = None
+        if match is None or not isinstance(call, ast.Call) or not all(k.arg for k in call.keywords):
+            raise ConfigError(f"{cls.kind}: cannot read {text!r}; write name or name(key=value, ...)")
+        part = cls.named(match[1])
+        return part(*map(_value, call.args), **{str(k.arg): _value(k.value) for k in call.keywords})
+
+
+def _fold(name: str) -> str:
+    return name.casefold().replace("-", "_")
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or the source text of a nested part, which the field it goes to parses as its own kind."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def explain(error: ValidationError, owner: str) -> str:
+    """One line for the first thing wrong: field, value, what is allowed."""
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in (owner, *first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown field"
+    return f"{where}: {first['input']!r} is not allowed: {first['msg']}"

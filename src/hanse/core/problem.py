@@ -1,0 +1,115 @@
+"""A problem: a model, its loss and its metrics as functions of flat vectors.
+
+The module is only a recipe. Its trainable numbers are one vector ``w`` of length P whose first ``shared`` entries travel
+between server and clients and whose rest is private to a client; its buffers (batch-norm statistics) are a second vector;
+frozen tensors are held once, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hanse.core.errors import ConfigError
+from hanse.core.layout import Layout, select
+from hanse.core.losses import PerSample, accuracy, cross_entropy
+from hanse.core.samples import Samples
+
+EVALUATION_CHUNK = 4096
+"""Samples per forward pass of an evaluation; large enough to be efficient, small enough for activations to fit."""
+
+
+class Problem:
+    """``model`` with ``loss`` and ``metrics`` (functions of output and label, one number per sample).
+
+    ``private`` and ``frozen`` are selections: name patterns or module types (see ``layout.select``). ``buffers`` says what becomes
+    of the clients' batch-norm statistics: averaged like the model, or private to each client.
+    Raises ``ConfigError`` when nothing trainable is left or a selection matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerSample = cross_entropy,
+        metrics: Mapping[str, PerSample] | None = None,
+        *,
+        private: Sequence[str] = (),
+        frozen: Sequence[str] = (),
+        buffers: Literal["average", "private"] = "average",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = copy.deepcopy(model).to(device=device, dtype=dtype)
+        self.loss, self.device, self.dtype = loss, torch.device(device), dtype
+        self.metrics: dict[str, PerSample] = {"accuracy": accuracy} if metrics is None else dict(metrics)
+        own, held = select(self.model, private), select(self.model, frozen)
+        held |= {n for n, p in self.model.named_parameters() if not p.requires_grad}
+        trained = {n: p for n, p in self.model.named_parameters() if n not in held}
+        if not trained:
+            raise ConfigError(f"frozen: {list(frozen)} leaves no trainable parameter")
+        order = [n for n in trained if n not in own] + [n for n in trained if n in own]
+        self.layout = Layout({n: trained[n].shape for n in order})
+        self.shared = sum(trained[n].numel() for n in order if n not in own)
+        stats = {n: b for n, b in self.model.named_buffers() if b.is_floating_point() and n not in held}
+        self.buffer_layout = Layout({n: b.shape for n, b in stats.items()})
+        self.shares_buffers = bool(stats) and buffers == "average"
+        self.fixed = {
+            n: t.detach()
+            for n, t in [*self.model.named_parameters(), *self.model.named_buffers()]
+            if n not in trained and n not in stats
+        }
+        self.start = self.layout.flatten(trained)
+        self.start_buffers = self.buffer_layout.flatten(stats).to(self.device, dtype)
+
+    def named(self, w: Tensor, buffers: Tensor) -> dict[str, Tensor]:
+        """All tensors of the module: views of ``w`` and ``buffers`` and the frozen ones."""
+        return {**self.layout.views(w), **self.buffer_layout.views(buffers), **self.fixed}
+
+    def output(self, w: Tensor, buffers: Tensor, x: Tensor, training: bool = False) -> Tensor:
+        """The model's output at the vector ``w`` ``[P]``."""
+        self.model.train(training)
+        out: Tensor = functional_call(self.model, self.named(w, buffers), (x,))
+        return out
+
+    def sample_flops(self, x: Tensor) -> float:
+        """Floating-point operations to train on one sample like ``x`` ``[1, ...]``: three forward passes' worth of matrix work."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.output(self.start, self.start_buffers, x)
+        return 3.0 * max(counter.get_total_flops(), 2 * self.layout.size)
+
+    @torch.no_grad()
+    def scores(self, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Loss and metrics of every sample, each ``[N]``, without gradients."""
+        parts: dict[str, list[Tensor]] = {}
+        for xs, ys in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
+            output = self.output(w, buffers, xs)
+            for name, score in {"loss": self.loss, **self.metrics}.items():
+                parts.setdefault(name, []).append(score(output, ys))
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    def evaluate(self, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Mean loss and metrics over the samples."""
+        return {name: float(v.double().mean()) for name, v in self.scores(w, buffers, x, y).items()}
+
+    def evaluate_clients(self, w: Tensor, buffers: Tensor, samples: Samples) -> dict[str, Tensor]:
+        """Mean loss and metrics of every client, each float64 ``[clients]`` (NaN where a client has no sample).
+
+        ``w`` is one model ``[P]`` for all, or one row a client ``[clients, P]`` (and ``buffers`` likewise).
+        """
+        counts = samples.counts()
+        owner = torch.repeat_interleave(torch.arange(samples.clients, device=counts.device), counts)
+        rows = samples.rows(torch.arange(len(owner), device=counts.device) + samples.offsets[0])
+        if w.dim() == 1:
+            each = self.scores(w, buffers, samples.x[rows], samples.y[rows])
+        else:
+            lots = [self.scores(w[c], buffers[c] if buffers.dim() > 1 else buffers, *samples.of(c)) for c in range(samples.clients) if counts[c]]
+            each = {name: torch.cat([lot[name] for lot in lots]) for name in lots[0]}
+        total = torch.zeros(samples.clients, dtype=torch.float64, device=counts.device)
+        return {name: total.index_add(0, owner, v.double()) / counts for name, v in each.items()}

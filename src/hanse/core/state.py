@@ -1,0 +1,113 @@
+"""What clients keep between rounds: one matrix per name, a row per client that has ever written one.
+
+A client that never took part costs four bytes. Rows live in memory or in a memory-mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hanse.core.errors import CheckpointError
+from hanse.core.messages import Tensors
+
+
+class ClientState:
+    """Rows of ``widths[name]`` numbers for ``clients`` clients; a row not yet written reads as ``initial[name]`` (default zeros).
+
+    ``folder`` keeps the rows in memory-mapped files there instead of in memory.
+    """
+
+    def __init__(
+        self,
+        clients: int,
+        widths: Mapping[str, int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        initial: Tensors | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.widths, self.dtype, self.device, self.folder = dict(widths), dtype, torch.device(device), folder
+        self.initial = initial or {}
+        self.slot = torch.full((clients,), -1, dtype=torch.int32)
+        self.used = 0
+        self.rows: Tensors = {}
+        self._grow(0)
+
+    def _grow(self, needed: int) -> None:
+        capacity = max(needed, 2 * len(next(iter(self.rows.values()))) if self.rows else 0)
+        for name, width in self.widths.items():
+            if self.folder is None:
+                new = torch.empty(capacity, width, dtype=self.dtype, device=self.device)
+            else:
+                new = _mapped(self.folder / f"{name}.{capacity}.rows", (capacity, width), self.dtype)
+            if name in self.rows:
+                new[: self.used] = self.rows[name][: self.used]
+            self.rows[name] = new
+            if self.folder is not None:
+                for old in self.folder.glob(f"{name}.*.rows"):
+                    if old.name != f"{name}.{capacity}.rows":
+                        old.unlink()
+
+    def read(self, ids: Tensor) -> Tensors:
+        """A copy of the rows of ``ids``, ``{name: [len(ids), width]}``."""
+        slots = self.slot[ids.cpu()].long()
+        fresh = slots < 0
+        found = {}
+        for name, rows in self.rows.items():
+            start = self.initial.get(name)
+            if bool(fresh.all()):
+                shape = (len(ids), self.widths[name])
+                found[name] = torch.zeros(shape, dtype=self.dtype, device=self.device) if start is None else start.expand(shape).clone()
+                continue
+            found[name] = rows[slots.clamp(min=0)].to(self.device)
+            if bool(fresh.any()):
+                found[name][fresh] = 0 if start is None else start
+        return found
+
+    def write(self, ids: Tensor, rows: Tensors) -> None:
+        """Replace the rows of ``ids``, creating those that are new. ``rows`` holds every name."""
+        ids = ids.cpu()
+        new = ids[self.slot[ids] < 0]
+        if len(new):
+            end = self.used + len(new)
+            if self.rows and end > len(next(iter(self.rows.values()))):
+                self._grow(end)
+            self.slot[new] = torch.arange(self.used, end, dtype=torch.int32)
+            self.used = end
+        slots = self.slot[ids].long()
+        for name, values in rows.items():
+            self.rows[name][slots] = values.to(self.rows[name].device)
+
+    def snapshot(self) -> Tensors:
+        """Named tensors from which ``restore`` brings everything back; copies only rows in use."""
+        if not self.widths:
+            return {}
+        owners = torch.empty(self.used, dtype=torch.int64)
+        held = (self.slot >= 0).nonzero().squeeze(1)
+        owners[self.slot[held].long()] = held
+        return {"owners": owners, **{name: rows[: self.used].cpu() for name, rows in self.rows.items()}}
+
+    def restore(self, saved: Tensors) -> None:
+        """Bring a snapshot back; raises ``CheckpointError`` if it is of other rows."""
+        if not self.widths:
+            return
+        wrong = [n for n, w in self.widths.items() if n not in saved or saved[n].shape[1:] != (w,)]
+        if "owners" not in saved or wrong:
+            raise CheckpointError(f"client state: the checkpoint lacks rows {wrong or ['owners']} of the expected width")
+        self.slot.fill_(-1)
+        self.used = 0
+        if len(saved["owners"]):
+            self.write(saved["owners"], {name: saved[name] for name in self.widths})
+
+
+def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    if not shape[0]:
+        return torch.empty(shape, dtype=dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    return torch.from_numpy(np.memmap(path, dtype=kind, mode="w+", shape=shape))

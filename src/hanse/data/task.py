@@ -1,0 +1,81 @@
+"""What a task is: data, and the model, loss and metrics that go with them; and what a partition makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hanse.core.losses import PerSample, accuracy, cross_entropy
+from hanse.core.part import Part
+from hanse.core.samples import Samples
+from hanse.core.streams import Streams
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training samples ``x`` ``[N, ...]``, ``y`` ``[N, ...]`` and a global test set.
+
+    ``group`` int64 ``[N]`` is what partitions look at, from 0 up: usually the class, and ``names`` their names; ``owner`` int64
+    ``[N]`` is the natural client (writer, package, hospital) where the data have one.
+    """
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    group: Tensor
+    names: tuple[str, ...]
+    owner: Tensor | None = None
+    owner_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set split over clients: training and test samples of each, and the global test set.
+
+    ``groups`` int64 ``[clients, len(names)]`` counts training samples per client and class, for pictures (None where there are too
+    many clients to draw); ``newcomers`` are clients that take no part in training.
+    """
+
+    train: Samples
+    test: Samples
+    test_x: Tensor
+    test_y: Tensor
+    names: tuple[str, ...] = ()
+    groups: Tensor | None = None
+    newcomers: Samples | None = None
+
+    def to(self, device: str, dtype: torch.dtype) -> Split:
+        """Copy to a device and floating type."""
+        x, y = (t.to(device, dtype if t.is_floating_point() else t.dtype) for t in (self.test_x, self.test_y))
+        newcomers = None if self.newcomers is None else self.newcomers.to(device, dtype)
+        return Split(self.train.to(device, dtype), self.test.to(device, dtype), x, y, self.names, self.groups, newcomers)
+
+
+class Task(Part):
+    """Base of all tasks."""
+
+    kind: ClassVar[str] = "task"
+    abstract: ClassVar[bool] = True
+
+    @property
+    def loss(self) -> PerSample:
+        """Loss per sample."""
+        return cross_entropy
+
+    @property
+    def metrics(self) -> Mapping[str, PerSample]:
+        """Metrics per sample, by name."""
+        return {"accuracy": accuracy}
+
+    def data(self, streams: Streams) -> Dataset:
+        """Load or make the data."""
+        raise TypeError(f"{type(self).__name__} does not define data")
+
+    def model(self) -> nn.Module:
+        """A freshly initialised model (torch's global generator is seeded by the caller)."""
+        raise TypeError(f"{type(self).__name__} does not define model")

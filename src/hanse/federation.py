@@ -1,0 +1,68 @@
+"""A federation: a task, split over clients, on a fleet."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from hanse.core.errors import ConfigError
+from hanse.core.problem import Problem
+from hanse.core.samples import Samples
+from hanse.core.streams import Streams
+from hanse.data.partition import Partition, iid
+from hanse.data.task import Task
+from hanse.fleet.profiles import Fleet, ideal
+
+
+class Federation:
+    """``clients`` clients that hold the data of ``task`` split by ``partition``, on the devices of ``fleet``.
+
+    Everything random follows ``seed``: the initial weights, the split and the fleet. Data are built on first use.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        clients: int = 100,
+        partition: Partition | None = None,
+        fleet: Fleet | None = None,
+        *,
+        seed: int = 0,
+        private: tuple[str, ...] = (),
+        frozen: tuple[str, ...] = (),
+        buffers: Literal["average", "private"] = "average",
+        dtype: Literal["float32", "float64"] = "float32",
+        device: str = "cpu",
+    ) -> None:
+        if clients < 1:
+            raise ConfigError(f"clients: {clients} is not allowed: at least 1")
+        self.task, self.clients, self.seed, self.device = task, clients, seed, device
+        self.partition, self.fleet = partition or iid(), fleet or ideal()
+        self.private, self.frozen, self.buffers = private, frozen, buffers
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.streams = Streams(seed)
+
+    @cached_property
+    def split(self) -> Split:
+        """The clients' samples and the global test set."""
+        split = self.partition.split(self.task.data(self.streams), self.clients, self.streams)
+        return split.to(self.device, self.dtype)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Model, loss and metrics, with initial weights drawn from the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.streams.torch("weights").initial_seed())
+            model = self.task.model()
+        return Problem(
+            model,
+            self.task.loss,
+            self.task.metrics,
+            private=self.private,
+            frozen=self.frozen,
+            buffers=self.buffers,
+            device=self.device,
+            dtype=self.dtype,
+        )

@@ -1,0 +1,51 @@
+"""What every learning rule is: client work, a server step, and the declaration of what is sent and kept."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from hanse.core.context import Context
+from hanse.core.messages import Reply, Tensors, Upload
+from hanse.core.optim import LearningRate, Optimizer, constant, sgd
+from hanse.core.part import Part
+from hanse.core.problem import Problem
+from hanse.core.samples import Plan
+
+State = dict[str, Tensor]
+"""What the server remembers, as named tensors: ``x`` ``[P]`` is always the global model. A state is never changed in place."""
+
+
+class Method(Part):
+    """Base of all rules. A rule overrides the smallest thing that makes it different (see ``FedAvg`` for the ladder)."""
+
+    kind: ClassVar[str] = "method"
+    abstract: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Names of the vectors ``[P]`` a client keeps between rounds, zero at first."""
+
+    lr: LearningRate = constant(0.1)
+    """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
+    local: Optimizer = sgd()
+    """Local optimiser."""
+
+    def init(self, problem: Problem) -> State:
+        """The server's state before round 0."""
+        return {"x": problem.start}
+
+    def plan(self) -> Plan:
+        """How long clients work."""
+        return Plan()
+
+    def message(self, state: State) -> Tensors:
+        """What the server sends to every client of a round."""
+        return {"x": state["x"]}
+
+    def train(self, ctx: Context) -> Upload:
+        """The clients' work."""
+        raise TypeError(f"{type(self).__name__} does not define train")
+
+    def step(self, state: State, reply: Reply, round: int) -> State:
+        """The server's work."""
+        raise TypeError(f"{type(self).__name__} does not define step")

@@ -1,0 +1,77 @@
+"""FedAvg, and the ladder on which every rule of its family stands.
+
+McMahan, Moore, Ramage, Hampson, Aguera y Arcas: "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, arXiv 1602.05629.
+
+    x_{i,0} = x;   x_{i,k+1} = x_{i,k} - lr * grad F_i(x_{i,k}; e)            client i, k = 0..K-1
+    Delta_i = x_{i,K} - x;   x <- x + server_lr * sum_i w_i Delta_i / sum_i w_i      w_i = n_i (samples) or 1 (uniform)
+
+Sent: down x, up Delta_i. Kept: nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from hanse.core.context import Context
+from hanse.core.messages import Reply, Tensors, Upload
+from hanse.core.optim import Optimizer, sgd
+from hanse.core.problem import Problem
+from hanse.core.samples import Batch, Plan
+from hanse.methods.base import Method, State
+
+
+class FedAvg(Method):
+    """Federated averaging."""
+
+    abstract: ClassVar[bool] = False
+
+    batch: PositiveInt = 32
+    """Samples per local step."""
+    epochs: PositiveInt = 1
+    """Passes over the client's data, unless ``steps`` is set."""
+    steps: PositiveInt | None = None
+    """Local steps K, instead of ``epochs``."""
+    shuffle: bool = True
+    """A new order of the samples in every pass; False keeps the stored order."""
+    clip: PositiveFloat | None = None
+    """Largest norm of a client's gradient."""
+    weights: Literal["samples", "uniform"] = "samples"
+    """Averaging weights: the clients' numbers of samples, or all equal."""
+    server: Optimizer = sgd()
+    """Server optimiser, on minus the averaged displacement."""
+    server_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Server learning rate."""
+
+    def plan(self) -> Plan:
+        return Plan(self.batch, self.epochs, self.steps, self.shuffle)
+
+    def init(self, problem: Problem) -> State:
+        x = problem.start[: problem.shared].clone()
+        shared = {"buffers": problem.start_buffers} if problem.shares_buffers else {}
+        return {"x": x, **shared, **{f"server.{n}": t for n, t in self.server.slots(x).items()}}
+
+    def message(self, state: State) -> Tensors:
+        return {n: state[n] for n in ("x", "buffers") if n in state}
+
+    def direction(self, ctx: Context, w: Tensor, batch: Batch) -> Tensor:
+        """One local step's direction, ``[C, P]``; the local optimiser moves against it."""
+        return ctx.grad(w, batch)
+
+    def weigh(self, ctx: Context) -> Tensor:
+        """Averaging weights ``[C]``."""
+        return ctx.counts.to(ctx.loss.dtype) if self.weights == "samples" else ctx.loss.new_ones(len(ctx.ids))
+
+    def train(self, ctx: Context) -> Upload:
+        weight = self.weigh(ctx)
+        total = ctx.total_displacement(weight) if type(self).direction is FedAvg.direction else None
+        return ctx.upload(weight, delta=ctx.displacement(self.direction) if total is None else total)
+
+    def step(self, state: State, reply: Reply, round: int) -> State:
+        x, slots = state["x"], {n: state[f"server.{n}"].clone() for n in self.server.slots(state["x"][:1])}
+        d = self.server.direction(reply.mean("delta").neg_(), slots, x)
+        shared = {"buffers": reply.mean("buffers")} if "buffers" in reply.sums else {}
+        return {**state, **shared, "x": x.sub(d, alpha=self.server_lr), **{f"server.{n}": t for n, t in slots.items()}}
