@@ -49,7 +49,7 @@ class Context:
     _private_gradient: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.counts = self.samples.counts(self.ids)
+        self.counts = self.samples.counts(self.ids).to(self.problem.device)
         self.steps = self.plan.lengths(self.counts)
         self.loss = torch.zeros(len(self.ids), dtype=self.problem.dtype, device=self.problem.device)
 

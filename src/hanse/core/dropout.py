@@ -9,23 +9,24 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from hanse.core.streams import MASK, philox
+from hanse.core.streams import philox
 
-_key: ContextVar[Tensor] = ContextVar("dropout_key")
+_place: ContextVar[tuple[Tensor, int, int]] = ContextVar("place")
+_KEY = (0x0D0F, 0x5EED)
 
 
 @contextmanager
-def dropout_key(key: Tensor) -> Iterator[None]:
-    """Set the key (int64 scalar, under ``vmap`` one per client) from which masks are drawn inside the block."""
-    token = _key.set(key)
+def dropout_at(client: Tensor, round: int, step: int) -> Iterator[None]:
+    """Masks inside the block belong to ``client`` (an int64 scalar, under ``vmap`` one per client) at this round and step."""
+    token = _place.set((client, round, step))
     try:
         yield
     finally:
-        _key.reset(token)
+        _place.reset(token)
 
 
 class KeyedDropout(nn.Module):
-    """Drop with probability ``p``, scaled by ``1 / (1 - p)``; two passes of one step drop the same units."""
+    """Drop with probability ``p`` and scale the rest by ``1 / (1 - p)``; two passes of one step drop the same units."""
 
     def __init__(self, p: float, site: int) -> None:
         super().__init__()
@@ -34,9 +35,10 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        key = _key.get()
+        client, round, step = _place.get()
         block = torch.arange(-(-x.numel() // 4), device=x.device)
-        words = philox(block, (key & MASK) + 0 * block, (key >> 32) + 0 * block, torch.full_like(block, self.site), (0x0D0F, 0x5EED))
+        site = torch.full_like(block, step * 0x10000 + self.site)
+        words = philox(client.to(x.device) + 0 * block, torch.full_like(block, round), block, site, _KEY)
         u = torch.stack(words, -1).flatten()[: x.numel()].view(x.shape)
         return x * (u >= self.p * 2**32) / (1 - self.p)
 

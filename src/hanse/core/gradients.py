@@ -15,13 +15,13 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from hanse.core.dropout import dropout_key, with_keyed_dropout
+from hanse.core.dropout import dropout_at, with_keyed_dropout
 from hanse.core.losses import cross_entropy, squared_error
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch
@@ -46,7 +46,7 @@ class Loop:
     """One client at a time on a module of this thread's own, channels-last, optionally with bfloat16 arithmetic."""
 
     name = "loop"
-    descend = None
+    descend: Descend | None = None
 
     def __init__(self, problem: Problem, bf16: bool = False) -> None:
         self.problem, self.bf16 = problem, bf16
@@ -83,7 +83,7 @@ class Loop:
             if weight is not None:
                 n = int((weight > 0).sum())
                 x, y = x[:n], y[:n]
-            with torch.enable_grad(), dropout_key(batch.key[i]):
+            with torch.enable_grad(), dropout_at(batch.ids[i], batch.round, batch.step):
                 # Autocast keeps cast weights until it is left, so it is entered anew for every step.
                 with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
                     output = module(x)
@@ -100,18 +100,26 @@ class Vmap:
     """All clients in one vectorised call of autograd."""
 
     name = "vmap"
-    descend = None
+    descend: Descend | None = None
 
     def __init__(self, problem: Problem, bf16: bool = False) -> None:
         self.problem, self.bf16 = problem, bf16
         self.module = with_keyed_dropout(copy.deepcopy(problem.model)).train()
-        self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0))
-        self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0))
+        self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0, None, None))
+        self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0, None, None))
 
     def _loss(
-        self, params: dict[str, Tensor], stats: dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor | None, key: Tensor
+        self,
+        params: dict[str, Tensor],
+        stats: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        client: Tensor,
+        round: int,
+        step: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        with dropout_key(key), torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+        with dropout_at(client, round, step), torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             output = functional_call(self.module, {**params, **stats, **self.problem.fixed}, (x,))
         losses = self.problem.loss(output.to(self.problem.dtype), y)
         return losses.mean() if weight is None else (losses * weight).sum(), stats
@@ -119,7 +127,7 @@ class Vmap:
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
         stats = {n: v.clone() for n, v in self.problem.buffer_layout.views(buffers).items()}
         compute = self._grad_full if batch.weight is None else self._grad
-        grads, (losses, stats) = compute(self.problem.layout.views(w), stats, batch.x, batch.y, batch.weight, batch.key)
+        grads, (losses, stats) = compute(self.problem.layout.views(w), stats, *batch)
         gradient = torch.empty_like(w)
         into = self.problem.layout.views(gradient)
         for name, g in grads.items():
@@ -137,76 +145,94 @@ class Stacked:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.layers = linear_chain(problem) or []
-        places = {e.name: e for e in problem.layout.entries}
-        self.places = [(places[w], places.get(b)) for w, b, _ in self.layers]
+        self.descend: Descend | None = self._descend
 
     def _factors(self, w: Tensor, batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Forward and backward pass at ``w`` (``[P]`` shared by all, or ``[C, P]``).
 
         Returns ``(delta [C, B, out], input [C, B, in])`` of each layer, whose product is the layer's gradient, and losses ``[C]``.
         """
-        x, y, weight, _ = batch
+        x, y, weight = batch[:3]
         clients, size = x.shape[:2]
+        shared = w.dim() == 1
         views = self.problem.layout.views(w)
         h = x.flatten(2)
         inputs: list[Tensor] = []
-        for weights, bias, activation in self.layers:
+        for matrix, bias, activation in self.layers:
             inputs.append(h)
-            matrix = views[weights].transpose(-1, -2)
-            if w.dim() == 1:
+            turned = views[matrix].transpose(-1, -2)
+            if shared:
                 flat = h.reshape(clients * size, -1)
-                h = (torch.addmm(views[bias], flat, matrix) if bias in views else flat @ matrix).view(clients, size, -1)
+                h = (torch.addmm(views[bias], flat, turned) if bias else flat @ turned).view(clients, size, -1)
             else:
-                h = torch.baddbmm(views[bias].unsqueeze(1), h, matrix) if bias in views else torch.bmm(h, matrix)
-            if activation is not None:
-                h = activation(h)
-        if self.problem.loss is cross_entropy:
-            log_p = h.log_softmax(-1)
-            label = y.unsqueeze(-1)
-            each = -log_p.gather(-1, label).squeeze(-1)
-            delta = log_p.exp_().scatter_add_(-1, label, torch.full_like(label, -1, dtype=h.dtype))
-        else:
-            miss = h - y.reshape(h.shape)
-            each = miss.square().mean(-1)
-            delta = miss.mul_(2 / h.shape[-1])
+                h = torch.baddbmm(views[bias].unsqueeze(1), h, turned) if bias else torch.bmm(h, turned)
+            if activation:
+                h = activation.forward_(h)
+        each, delta = self._loss(h, y)
         if weight is None:
             losses, delta = each.mean(1), delta.div_(size)
         else:
             losses, delta = (each * weight).sum(1), delta.mul_(weight.unsqueeze(-1))
-        found: list[tuple[Tensor, Tensor]] = []
-        for i in range(len(self.layers) - 1, -1, -1):
-            found.append((delta, inputs[i]))
-            if i:
-                matrix = views[self.layers[i][0]]
-                back = (delta.reshape(clients * size, -1) @ matrix).view(clients, size, -1) if w.dim() == 1 else torch.bmm(delta, matrix)
-                h = inputs[i]
-                delta = back.mul_(h > 0) if self.layers[i - 1][2] is torch.relu_ else back.mul_(1 - h * h)
-        return found[::-1], losses
+        deltas = [delta]
+        for i in range(len(self.layers) - 1, 0, -1):
+            matrix = views[self.layers[i][0]]
+            if shared:
+                delta = (delta.view(clients * size, -1) @ matrix).view(clients, size, -1)
+            else:
+                delta = torch.bmm(delta, matrix)
+            activation = self.layers[i - 1][2]
+            if activation:
+                delta = activation.backward_(delta, inputs[i])
+            deltas.append(delta)
+        return list(zip(deltas[::-1], inputs, strict=True)), losses
+
+    def _loss(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss ``[C, B]`` and its derivative by the output ``h`` ``[C, B, out]``, which may be overwritten."""
+        if self.problem.loss is squared_error:
+            miss = h.sub_(y.view(h.shape))
+            return miss.square().mean(-1), miss.mul_(2 / h.shape[-1])
+        # Spelled out: torch's own log_softmax takes eight times as long when the number of classes is no multiple of the vector width.
+        label = y.unsqueeze(-1)
+        h.sub_(h.amax(-1, keepdim=True))
+        own = h.gather(-1, label)
+        total = h.exp_().sum(-1, keepdim=True)
+        delta = h.div_(total).scatter_add_(-1, label, own.new_full((), -1).expand(own.shape))
+        return total.log_().sub_(own).squeeze(-1), delta
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
         factors, losses = self._factors(w, batch)
         gradient = torch.empty_like(w)
-        for (weights, bias), (delta, h) in zip(self.places, factors, strict=True):
-            into = gradient[:, weights.start : weights.start + weights.size].view(len(w), *weights.shape)
+        into = self.problem.layout.views(gradient)
+        for (matrix, bias, _), (delta, h) in zip(self.layers, factors, strict=True):
             if len(w) == 1:
-                torch.bmm(delta.transpose(1, 2), h, out=into)
+                torch.bmm(delta.transpose(1, 2), h, out=into[matrix])
             else:  # a batched product into strided memory falls back to one call per client; a contiguous one and a copy do not
-                into.copy_(torch.bmm(delta.transpose(1, 2), h))
+                into[matrix].copy_(torch.bmm(delta.transpose(1, 2), h))
             if bias:
-                torch.sum(delta, 1, out=gradient[:, bias.start : bias.start + bias.size])
+                torch.sum(delta, 1, out=into[bias])
         return gradient, losses
 
-    def descend(
+    def _descend(
         self, start: Tensor, batches: Iterable[tuple[int, Batch]], lengths: list[int], lr: float, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Plain SGD from one vector ``start`` ``[P]``; returns ``sum_i weight_i (w_i - start)`` ``[P]`` and mean losses ``[C]``.
-
-        Two exact shortcuts: the first step reads ``start`` itself (one large product, no copies), and a client's last step goes
+        """Two exact shortcuts: the first step reads ``start`` itself (one large product, no copies), and a client's last step goes
         straight into the sum, so that a single-step round never makes C models.
         """
-        clients = len(lengths)
-        total = torch.zeros_like(start)
-        losses = start.new_zeros(clients)
+        total, losses = torch.zeros_like(start), start.new_zeros(len(lengths))
+        with torch.inference_mode():  # results live outside, everything in between is cheaper inside
+            self._descend_into(total, losses, start, batches, lengths, lr, weight)
+        return total, losses.div_(start.new_tensor(lengths))
+
+    def _descend_into(
+        self,
+        total: Tensor,
+        losses: Tensor,
+        start: Tensor,
+        batches: Iterable[tuple[int, Batch]],
+        lengths: list[int],
+        lr: float,
+        weight: Tensor,
+    ) -> None:
         w: Tensor | None = None
         for k, (active, batch) in enumerate(batches):
             going = sum(length > k + 1 for length in lengths)  # clients are sorted: the first ``going`` have more to do
@@ -216,41 +242,58 @@ class Stacked:
                 share = weight[going:active]
                 if w is not None:
                     total.addmv_(w[going:active].t(), share).sub_(start, alpha=float(share.sum()))
-                self._subtract(total, factors, slice(going, active), lr, share)
+                self._step_sum(total, [(d[going:], h[going:]) for d, h in factors] if going else factors, lr, share)
             if going:
                 w = start.repeat(going, 1) if w is None else w[:going]
-                self._subtract(w, factors, slice(0, going), lr, None)
-        return total, losses / torch.tensor(lengths, device=losses.device)
+                self._step_rows(w, [(d[:going], h[:going]) for d, h in factors] if going < active else factors, lr)
 
-    def _subtract(self, target: Tensor, factors: list[tuple[Tensor, Tensor]], part: slice, lr: float, share: Tensor | None) -> None:
-        """``target -= lr * gradient`` of the clients in ``part``, by row, or weighted by ``share`` into one vector."""
-        for (weights, bias), (delta, h) in zip(self.places, factors, strict=True):
-            delta, h = delta[part], h[part]
-            into = target[..., weights.start : weights.start + weights.size].view(*target.shape[:-1], *weights.shape)
-            if share is not None:
-                flat = (delta * share[:, None, None]).flatten(0, 1)
-                into.addmm_(flat.t(), h.flatten(0, 1), alpha=-lr)
-                step = flat.sum(0)
+    def _step_rows(self, w: Tensor, factors: list[tuple[Tensor, Tensor]], lr: float) -> None:
+        """``w -= lr * gradient``, row by row."""
+        into = self.problem.layout.views(w)
+        for (matrix, bias, _), (delta, h) in zip(self.layers, factors, strict=True):
+            if len(w) == 1:
+                into[matrix].baddbmm_(delta.transpose(1, 2), h, alpha=-lr)
             else:
-                if len(target) == 1:
-                    into.baddbmm_(delta.transpose(1, 2), h, alpha=-lr)
-                else:
-                    into.add_(torch.bmm(delta.transpose(1, 2), h), alpha=-lr)
-                step = delta.sum(1)
+                into[matrix].add_(torch.bmm(delta.transpose(1, 2), h), alpha=-lr)
             if bias:
-                target[..., bias.start : bias.start + bias.size].sub_(step, alpha=lr)
+                into[bias].sub_(delta.sum(1), alpha=lr)
+
+    def _step_sum(self, total: Tensor, factors: list[tuple[Tensor, Tensor]], lr: float, share: Tensor) -> None:
+        """``total -= lr * sum_i share_i gradient_i``: one product over all clients."""
+        into = self.problem.layout.views(total)
+        for (matrix, bias, _), (delta, h) in zip(self.layers, factors, strict=True):
+            flat = (delta * share.view(-1, 1, 1)).flatten(0, 1)
+            into[matrix].addmm_(flat.t(), h.flatten(0, 1), alpha=-lr)
+            if bias:
+                into[bias].sub_(flat.sum(0), alpha=lr)
 
 
-def linear_chain(problem: Problem) -> list[tuple[str, str, object]] | None:
+class Activation(NamedTuple):
+    """An activation in place, and its backward pass in place, from the incoming gradient and the activation's output."""
+
+    forward_: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.ReLU: Activation(torch.relu_, lambda g, out: g.mul_(out > 0)),
+    nn.Tanh: Activation(torch.tanh_, lambda g, out: g.mul_(1 - out * out)),
+    nn.Sigmoid: Activation(torch.sigmoid_, lambda g, out: g.mul_(out * (1 - out))),
+}
+
+Layer = tuple[str, str | None, Activation | None]
+
+
+def linear_chain(problem: Problem) -> list[Layer] | None:
     """``(weight, bias, activation)`` of each layer if the model is a chain that ``Stacked`` can run, else None."""
     if not isinstance(problem.model, nn.Sequential) or problem.fixed or problem.loss not in (cross_entropy, squared_error):
         return None
-    layers: list[tuple[str, str, object]] = []
+    layers: list[Layer] = []
     for name, part in problem.model.named_children():
         if type(part) is nn.Linear:
-            layers.append((f"{name}.weight", f"{name}.bias", None))
-        elif type(part) in (nn.ReLU, nn.Tanh) and layers and layers[-1][2] is None:
-            layers[-1] = (*layers[-1][:2], torch.relu_ if type(part) is nn.ReLU else torch.tanh_)
+            layers.append((f"{name}.weight", None if part.bias is None else f"{name}.bias", None))
+        elif type(part) in ACTIVATIONS and layers and layers[-1][2] is None:
+            layers[-1] = (*layers[-1][:2], ACTIVATIONS[type(part)])
         elif not (type(part) is nn.Flatten and not layers and part.start_dim == 1 and part.end_dim == -1):
             return None
     return layers if layers and layers[-1][2] is None else None

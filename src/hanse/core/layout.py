@@ -36,11 +36,12 @@ class Layout:
             entries.append(Entry(name, tuple(shape), start, size))
             start += size
         self.entries, self.size = tuple(entries), start
+        self.sizes = [e.size for e in entries]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """``[..., P]`` to named views ``[..., *shape]`` that share its memory."""
         lead = flat.shape[:-1]
-        return {e.name: flat[..., e.start : e.start + e.size].view(*lead, *e.shape) for e in self.entries}
+        return {e.name: part.view(*lead, *e.shape) for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)}
 
     def flatten(self, tensors: Mapping[str, Tensor], lead: tuple[int, ...] = ()) -> Tensor:
         """Named tensors ``[*lead, *shape]`` to a new ``[*lead, P]``; raises ``ConfigError`` on a missing name or a wrong shape."""

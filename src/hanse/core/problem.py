@@ -104,12 +104,11 @@ class Problem:
         ``w`` is one model ``[P]`` for all, or one row a client ``[clients, P]`` (and ``buffers`` likewise).
         """
         counts = samples.counts()
-        owner = torch.repeat_interleave(torch.arange(samples.clients, device=counts.device), counts)
-        rows = samples.rows(torch.arange(len(owner), device=counts.device) + samples.offsets[0])
+        owner = torch.repeat_interleave(torch.arange(samples.clients), counts)
         if w.dim() == 1:
-            each = self.scores(w, buffers, samples.x[rows], samples.y[rows])
+            each = self.scores(w, buffers, *samples.take(torch.arange(int(samples.offsets[0]), int(samples.offsets[-1]))))
         else:
             lots = [self.scores(w[c], buffers[c] if buffers.dim() > 1 else buffers, *samples.of(c)) for c in range(samples.clients) if counts[c]]
             each = {name: torch.cat([lot[name] for lot in lots]) for name in lots[0]}
-        total = torch.zeros(samples.clients, dtype=torch.float64, device=counts.device)
-        return {name: total.index_add(0, owner, v.double()) / counts for name, v in each.items()}
+        total = torch.zeros(samples.clients, dtype=torch.float64)
+        return {name: total.index_add(0, owner, v.double().cpu()) / counts for name, v in each.items()}

@@ -63,18 +63,10 @@ class Streams:
         return torch.sqrt(-2 * torch.log(u[:, :n])) * torch.cos(2 * math.pi * u[:, n:])
 
     def sample(self, purpose: str, population: int, k: int, round: int) -> Tensor:
-        """``k`` distinct numbers below ``population``, sorted, in O(k): draw with replacement, keep first occurrences."""
-        if 2 * k >= population:
-            keys = self.words(purpose, torch.zeros(1, dtype=torch.long), round, population)[0]
-            return torch.argsort(keys, stable=True)[:k].sort().values
-        n = k + 8 + k * k // population
-        while True:
-            u = self.uniform(purpose, torch.zeros(1, dtype=torch.long), round, n)[0]
-            drawn = (u * population).long().cpu().numpy()
-            first = np.sort(np.unique(drawn, return_index=True)[1])[:k]
-            if len(first) == k:
-                return torch.from_numpy(np.sort(drawn[first])).to(self.device)
-            n *= 2
+        """``k`` distinct numbers below ``population``, uniformly drawn, sorted; work and memory grow with ``k`` alone when k is small."""
+        drawn = self.numpy(purpose, round=round).choice(population, k, replace=False, shuffle=False)
+        drawn.sort()
+        return torch.from_numpy(drawn).to(self.device)
 
     def numpy(self, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
         """An ordinary NumPy generator for code that is not batched (partitioners, tasks)."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from hanse.core.errors import DataError
 from hanse.core.losses import PerSample, accuracy, cross_entropy
 from hanse.core.part import Part
 from hanse.core.samples import Samples
@@ -32,13 +33,22 @@ class Dataset:
     owner: Tensor | None = None
     owner_names: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        """Raise ``DataError`` where lengths differ or a group has no name."""
+        for field, values in (("y", self.y), ("group", self.group), ("owner", self.group if self.owner is None else self.owner)):
+            if len(values) != len(self.x):
+                raise DataError(f"{field}: {len(values)} entries do not fit {len(self.x)} samples")
+        wrong = self.group[(self.group < 0) | (self.group >= len(self.names))]
+        if len(wrong):
+            raise DataError(f"label {int(wrong[0])} is not allowed: 0 to {len(self.names) - 1}")
+
 
 @dataclass(frozen=True)
 class Split:
     """A data set split over clients: training and test samples of each, and the global test set.
 
     ``groups`` int64 ``[clients, len(names)]`` counts training samples per client and class, for pictures (None where there are too
-    many clients to draw); ``newcomers`` are clients that take no part in training.
+    many clients to draw); ``newcomers`` are all samples of the clients that take no part in training.
     """
 
     train: Samples
@@ -52,8 +62,14 @@ class Split:
     def to(self, device: str, dtype: torch.dtype) -> Split:
         """Copy to a device and floating type."""
         x, y = (t.to(device, dtype if t.is_floating_point() else t.dtype) for t in (self.test_x, self.test_y))
-        newcomers = None if self.newcomers is None else self.newcomers.to(device, dtype)
-        return Split(self.train.to(device, dtype), self.test.to(device, dtype), x, y, self.names, self.groups, newcomers)
+        train = self.train.to(device, dtype)
+
+        def moved(part: Samples) -> Samples:
+            shared = Samples(train.x, train.y, part.offsets, part.index) if part.x is self.train.x else part
+            return shared.to(device, dtype)
+
+        newcomers = None if self.newcomers is None else moved(self.newcomers)
+        return Split(train, moved(self.test), x, y, self.names, self.groups, newcomers)
 
 
 class Task(Part):

@@ -1,0 +1,26 @@
+"""Learning rules, one file each."""
+
+from hanse.methods.base import Method
+from hanse.methods.fedavg import FedAvg
+from hanse.methods.fedavg_m import FedAvg_M, FedAvg_M_VR
+from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from hanse.methods.fedprox import FedProx
+from hanse.methods.fedspeed import FedSpeed
+from hanse.methods.scaffold import Scaffold
+from hanse.methods.scaffold_m import Scaffold_M, Scaffold_M_VR
+
+__all__ = [
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedAvg_M",
+    "FedAvg_M_VR",
+    "FedProx",
+    "FedSpeed",
+    "FedYogi",
+    "Method",
+    "Scaffold",
+    "Scaffold_M",
+    "Scaffold_M_VR",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import AfterValidator
 from torch import Tensor
 
 from hanse.core.context import Context
@@ -17,6 +18,16 @@ State = dict[str, Tensor]
 """What the server remembers, as named tensors: ``x`` ``[P]`` is always the global model. A state is never changed in place."""
 
 
+def _plain(local: Optimizer) -> Optimizer:
+    if not local.plain:
+        raise ValueError("this rule's formulas hold for plain sgd")
+    return local
+
+
+PlainSgd = Annotated[Optimizer, AfterValidator(_plain)]
+"""A local optimiser for rules that recover gradients from displacements: sgd without momentum and weight decay."""
+
+
 class Method(Part):
     """Base of all rules. A rule overrides the smallest thing that makes it different (see ``FedAvg`` for the ladder)."""
 
@@ -25,7 +36,7 @@ class Method(Part):
     keeps: ClassVar[tuple[str, ...]] = ()
     """Names of the vectors ``[P]`` a client keeps between rounds, zero at first."""
 
-    lr: LearningRate = constant(0.1)
+    lr: LearningRate = constant(value=0.1)
     """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
     local: Optimizer = sgd()
     """Local optimiser."""

@@ -16,14 +16,14 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from hanse.core.context import Context
 from hanse.core.messages import Reply, Tensors, Upload
+from hanse.core.optim import sgd
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch
-from hanse.methods.base import State
+from hanse.methods.base import PlainSgd, State
 from hanse.methods.fedavg import FedAvg
 
 
@@ -31,14 +31,10 @@ class Scaffold(FedAvg):
     """FedAvg with control variates (option II)."""
 
     keeps: ClassVar[tuple[str, ...]] = ("c",)
+    local: PlainSgd = sgd()
+    """Plain sgd."""
     weights: Literal["uniform"] = "uniform"
     """Always uniform."""
-
-    @model_validator(mode="after")
-    def _plain(self) -> Scaffold:
-        if not self.local.plain:
-            raise ValueError(f"the formula of the control variates holds for plain sgd, not local={self.local}")
-        return self
 
     def init(self, problem: Problem) -> State:
         state = super().init(problem)
@@ -52,7 +48,7 @@ class Scaffold(FedAvg):
 
     def new_variate(self, ctx: Context, delta: Tensor) -> Tensor:
         """c_i+ by option II, ``[C, P]``."""
-        return ctx.state["c"] - ctx.message["c"] - delta / (ctx.steps[:, None] * ctx.lr)
+        return ctx.state["c"] - ctx.message["c"] - delta / ctx.lr / ctx.steps[:, None]
 
     def train(self, ctx: Context) -> Upload:
         delta = ctx.displacement(self.direction)

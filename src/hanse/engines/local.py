@@ -1,0 +1,242 @@
+"""Everything in this process: clients run in batches, in virtual time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from hanse.codecs.base import Codec, identity
+from hanse.core.context import Context
+from hanse.core.errors import CheckpointError, ConfigError, DivergedError
+from hanse.core.gradients import Path, paths
+from hanse.core.messages import Reply, Tensors, Upload, framing, wire_size
+from hanse.core.state import ClientState
+from hanse.engines.arrangement import Arrangement, fastest
+from hanse.engines.base import Engine
+from hanse.federation import Federation
+from hanse.methods.base import Method, State
+
+
+class local(Engine):
+    """This process. What is left open is chosen by timing each way once on the first cohort and remembered for this machine."""
+
+    path: Literal["stacked", "vmap", "loop"] | None = None
+    """How gradients are computed: batched matrix products, torch.vmap, or one client at a time."""
+    chunk: PositiveInt | None = None
+    """Clients per batch."""
+    workers: PositiveInt | None = None
+    """Batches at a time, each in a thread of its own."""
+    threads: PositiveInt | None = None
+    """Threads inside one operation."""
+    precision: Literal["full", "bf16"] = "full"
+    """bf16: forward and backward in bfloat16, weights and updates in full precision."""
+    shortcuts: bool = True
+    """Use exact algebraic shortcuts for plain SGD; they sum in another order, so the last bits differ."""
+
+    def fixed(self) -> Arrangement | None:
+        """The arrangement, if nothing is left open."""
+        if self.path and self.chunk and self.workers and self.threads:
+            return Arrangement(self.path, self.chunk, self.workers, self.threads)
+        return None
+
+
+class Traffic(NamedTuple):
+    """Cumulative costs of a run."""
+
+    seconds: float
+    down: int
+    up: int
+
+
+class Executed(NamedTuple):
+    """The reply of some clients, the bytes each sent, and the rows they want to keep."""
+
+    reply: Reply
+    bytes_up: Tensor
+    kept: list[tuple[Tensor, Tensors]]
+
+
+class LocalNetwork:
+    """The network of one run: it executes work in batches and keeps virtual time, traffic and what clients remember.
+
+    ``on_commit(network)`` is called after every round; setting ``stopping`` ends the run after the current one.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        method: Method,
+        engine: local,
+        codec: Codec,
+        *,
+        seed: int,
+        rounds: int,
+        on_commit: Callable[[LocalNetwork], None],
+    ) -> None:
+        self.federation, self.method, self.engine, self.codec = federation, method, engine, codec
+        self.problem, self.samples, self.clients = federation.problem, federation.split.train, federation.clients
+        self.streams = federation.streams if seed == federation.seed else type(federation.streams)(seed)
+        self.plan = method.plan()
+        self.round, self.total_rounds, self.on_commit = 0, rounds, on_commit
+        self.traffic = Traffic(0.0, 0, 0)
+        self.taken = torch.zeros(self.clients, dtype=torch.int32)
+        self.cohort, self.loss = torch.zeros(0, dtype=torch.long), math.nan
+        self.arrangement = engine.fixed()
+        self.paths: dict[str, Path] = paths(self.problem, engine.precision == "bf16")
+        if engine.path is not None and engine.path not in self.paths:
+            raise ConfigError(f"local.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
+        widths = dict.fromkeys(method.keeps, self.problem.shared)
+        initial = {}
+        if self.problem.layout.size > self.problem.shared:
+            widths["private"] = self.problem.layout.size - self.problem.shared
+            initial["private"] = self.problem.start[self.problem.shared :]
+        if self.problem.buffer_layout.size and not self.problem.shares_buffers:
+            widths["buffers"], initial["buffers"] = self.problem.buffer_layout.size, self.problem.start_buffers
+        self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial)
+        self.work = self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(self.streams, torch.zeros(1).long()) else 0.0
+        self.state: State = {}
+        self.stopping = False
+        self._pool: ThreadPoolExecutor | None = None
+
+    # ---- what a schedule sees
+
+    def begin(self, state: State) -> State:
+        self.state = {**state, **self.state}  # a resumed run brought its own
+        return self.state
+
+    def rounds(self) -> Iterator[int]:
+        while self.round < self.total_rounds and not self.stopping:
+            yield self.round
+
+    def sample(self, k: int) -> Tensor:
+        return self.streams.sample("cohort", self.clients, k, self.round)
+
+    async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
+        self.cohort = clients
+        if self.arrangement is None:
+            self.arrangement = fastest(self, clients, work, message)
+        reply, bytes_up, kept = self.execute(clients, work, message, self.arrangement)
+        self.loss = float((reply.loss * reply.weight).sum() / reply.weight.sum())
+        if not math.isfinite(self.loss):
+            bad = int(reply.clients[~torch.isfinite(reply.loss)][0])
+            raise DivergedError(f"training loss of client {bad} in round {self.round} is not finite; lower lr ({self.method.lr}) or set clip")
+        for ids, rows in kept:  # only now: a round that fails leaves what clients remember as it was
+            self.kept.write(ids, rows)
+        self._account(reply.clients, wire_size(message), bytes_up)
+        return reply
+
+    async def commit(self, state: State) -> None:
+        self.round, self.state = self.round + 1, state
+        self.on_commit(self)
+
+    def snapshot(self) -> Tensors:
+        """Everything from which ``restore`` goes on identically, as named tensors."""
+        costs = torch.tensor([self.traffic.seconds], dtype=torch.float64), torch.tensor([self.round, self.traffic.down, self.traffic.up])
+        return {
+            **{f"state.{n}": t for n, t in self.state.items()},
+            **{f"kept.{n}": t for n, t in self.kept.snapshot().items()},
+            "taken": self.taken,
+            "seconds": costs[0],
+            "counters": costs[1],
+        }
+
+    def restore(self, saved: Tensors) -> None:
+        """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
+        part = {p: {n[len(p) :]: t for n, t in saved.items() if n.startswith(p)} for p in ("state.", "kept.")}
+        x = part["state."].get("x")
+        if "counters" not in saved or x is None or x.shape != (self.problem.shared,) or len(saved["taken"]) != self.clients:
+            raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
+        self.state = {n: t.to(self.problem.device) for n, t in part["state."].items()}
+        self.kept.restore(part["kept."])
+        self.taken = saved["taken"]
+        self.round, down, up = map(int, saved["counters"])
+        self.traffic = Traffic(float(saved["seconds"]), down, up)
+
+    # ---- execution
+
+    def execute(self, clients: Tensor, work: str, message: Tensors, how: Arrangement) -> Executed:
+        """Run the clients' work as arranged. Nothing is remembered yet, so it may be repeated."""
+        steps = self.plan.lengths(self.samples.counts(clients)).numpy()
+        if len(steps) and steps.min() < steps.max():
+            clients = clients[torch.from_numpy((-steps).argsort(kind="stable"))]  # those still at work are always the first ones
+        torch.set_num_threads(how.threads)
+        chunks = clients.split(how.chunk)
+        if how.workers == 1 or len(chunks) == 1:
+            done = (self._chunk(ids, work, message, how) for ids in chunks)
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
+            done = self._pool.map(lambda ids: self._chunk(ids, work, message, how), chunks)
+        sums: Tensors = {}
+        rows: dict[str, list[Tensor]] = {}
+        uploads: list[Upload] = []
+        sizes: list[Tensor] = []
+        kept: list[tuple[Tensor, Tensors]] = []
+        for ctx, upload, size in done:  # in the order of the chunks, whichever finished first
+            for name, total in upload.sums.items():
+                sums[name] = sums[name].add_(total) if name in sums else total
+            for name, values in upload.rows.items():
+                rows.setdefault(name, []).append(values)
+            if ctx.state:
+                kept.append((ctx.ids, ctx.state))
+            uploads.append(upload)
+            sizes.append(size)
+        if len(uploads) == 1:
+            weight, loss, bytes_up = uploads[0].weight, uploads[0].loss, sizes[0]
+        else:
+            weight, loss, bytes_up = torch.cat([u.weight for u in uploads]), torch.cat([u.loss for u in uploads]), torch.cat(sizes)
+        found = {name: torch.cat(values) for name, values in rows.items()}
+        return Executed(Reply(clients, weight, sums, found, loss, self.clients, self.round), bytes_up, kept)
+
+    def _chunk(self, ids: Tensor, work: str, message: Tensors, how: Arrangement) -> tuple[Context, Upload, Tensor]:
+        """One batch of clients: train, encode, and add up what only sums are needed of."""
+        state = self.kept.read(ids) if self.kept.widths else {}
+        plain = isinstance(self.codec, identity)
+        ctx = Context(
+            self.problem,
+            self.paths[how.path],
+            self.samples,
+            self.streams,
+            self.round,
+            ids,
+            message,
+            state,
+            self.plan,
+            self.method.lr.at(self.round),
+            self.method.local,
+            totals=plain and self.engine.shortcuts,
+        )
+        upload: Upload = getattr(self.method, work)(ctx)
+        return ctx, *self._sent(upload, plain)
+
+    def _sent(self, upload: Upload, plain: bool) -> tuple[Upload, Tensor]:
+        clients = len(upload.clients)
+        scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
+        if plain:
+            one = {n: t if upload.totalled else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
+            sizes = torch.full((clients,), wire_size({**one, **scalars}))
+        else:
+            sizes = torch.zeros(clients, dtype=torch.long)
+            lengths = {}
+            for group in (upload.sums, upload.rows):
+                for name, values in group.items():
+                    group[name], lengths[name] = self.codec.roundtrip(values)
+            for i in range(clients):
+                sizes[i] = framing({n: int(v[i]) for n, v in lengths.items()}) + wire_size(scalars)
+        if not upload.totalled:
+            upload.sums = {n: upload.weight @ t for n, t in upload.sums.items()}
+        return upload, sizes
+
+    def _account(self, clients: Tensor, down: int, up: Tensor) -> None:
+        seconds, profile = self.traffic.seconds, self.federation.fleet.profile(self.streams, clients)
+        if profile is not None:
+            flops = self.work * self.plan.seen(self.samples.counts(clients))
+            seconds += float(profile.seconds(flops, down, up).max())
+        self.traffic = Traffic(seconds, self.traffic.down + down * len(clients), self.traffic.up + int(up.sum()))
+        self.taken[clients] += 1

@@ -1,0 +1,431 @@
+"""Pictures of runs. Every function returns a ``matplotlib.figure.Figure`` and leaves pyplot alone.
+
+All raise ``DataError`` when the runs hold nothing to draw. A method has the same colour in every picture of the same runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hanse.core.errors import CheckpointError, DataError, unknown
+from hanse.track.run import Run
+from hanse.track.summary import (
+    Against,
+    and_text,
+    compare,
+    groups,
+    headline,
+    is_share,
+    lower_is_better,
+    metric_text,
+    metrics,
+    series,
+    unit,
+    value_text,
+    worst_clients,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette ("Color Universal Design", 2008), told apart with any colour vision, without its faint yellow."""
+AXIS_TEXT: dict[Against, str] = {"rounds": "rounds", "bytes": "bytes sent", "seconds": "virtual time"}
+DASHES = ("-", "--", ":", "-.")
+INK, FAINT, EMPTY = "#222222", "#6b6b6b", "#f2f2f2"
+RASTER_CLIENTS = 200
+"""Most clients that are drawn one by one in ``participation``."""
+NUMBERED_CLIENTS = 40
+"""Most clients that are numbered on an axis."""
+RASTERS = 4
+"""Most patterns of participation that are drawn one below the other."""
+
+
+def curves(runs: Sequence[Run], metric: str, against: Against) -> Figure:
+    """``metric`` against rounds, bytes or virtual seconds: a line for the mean over seeds, a band from the lowest to the highest.
+
+    ``metric`` is a name from ``Record.metrics`` or ``loss``, the training loss; raises ``ConfigError`` for any other. Seeds that
+    were evaluated at different costs are joined by linear interpolation, where all of them have values.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
+    if metric not in metrics(runs):
+        raise unknown("metric", metric, metrics(runs))
+    members = groups(runs)
+    found = {label: [s for s in (series(run, metric, against) for run in group) if len(s[0])] for label, group in members.items()}
+    largest = max((x[-1] for group in found.values() for x, _ in group), default=0.0)
+    if largest <= 0:
+        raise DataError(f"nothing to draw: no {metric_text(metric)} over {against} above zero")
+    size, name = unit(against, largest)
+    figure, ax = _figure(6.4, 4.3)
+    lowest, highest = np.inf, -np.inf
+    for (label, group), style in zip(found.items(), _styles(members), strict=True):
+        if not group:
+            continue
+        x, y = _joined(group)
+        # Seeds evaluated once each, at different costs, have nothing in common to average over: they stay points.
+        if len(x) > 1:
+            ax.plot(x / size, y.mean(0), label=label, lw=2, **style)
+            if len(group) > 1:
+                ax.fill_between(x / size, y.min(0), y.max(0), color=style["color"], alpha=0.18, lw=0)
+        else:
+            points = np.array([(found_x[-1] / size, found_y[-1]) for found_x, found_y in group])
+            ax.plot(points[:, 0], points[:, 1], "o", color=style["color"], label=label)
+        lowest = min(lowest, *(found_y.min() for _, found_y in group))
+        highest = max(highest, *(found_y.max() for _, found_y in group))
+    if is_share(metric):
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0 if highest - lowest > 0.05 else 1, " %"))
+    elif lowest > 0 and highest > 20 * lowest:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel({"rounds": "rounds", "bytes": f"bytes sent, up and down ({name})", "seconds": f"virtual time ({name})"}[against])
+    ax.set_ylabel(metric_text(metric))
+    ax.set_xlim(left=0)
+    _mark_budget(ax, runs, metric, against, size)
+    alone = f"{next(iter(members))}, " if len(members) == 1 else ""
+    _title(figure, ax, f"{metric_text(metric).capitalize()} against {AXIS_TEXT[against]}", alone + _seeds_text(members))
+    if not alone:
+        _legend(figure, ax)
+    return figure
+
+
+def _joined(group: list[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """All seeds on the union of their ``x``, as far as they all reach: ``[X]`` and ``[seeds, X]``."""
+    first, last = max(x[0] for x, _ in group), min(x[-1] for x, _ in group)
+    grid = np.unique(np.concatenate([x for x, _ in group]))
+    grid = grid[(grid >= first) & (grid <= last)]
+    return grid, np.stack([np.interp(grid, x, y) for x, y in group])
+
+
+def _mark_budget(ax: Axes, runs: Sequence[Run], metric: str, against: Against, size: float) -> None:
+    """A line where methods of unequal length are compared."""
+    try:
+        budget = compare(runs, metric, against).budget / size
+    except DataError:
+        return
+    if budget < 0.95 * ax.get_xlim()[1] and metric == headline(runs):
+        ax.axvline(budget, color=FAINT, lw=1, ls=(0, (2, 3)), zorder=0)
+        low = 0.03 if not lower_is_better(metric) else 0.97
+        text = ax.text(budget, low, f" equal {AXIS_TEXT[against]} ", transform=ax.get_xaxis_transform(), color=FAINT, fontsize=9)
+        text.set(ha="right" if budget > ax.get_xlim()[1] / 2 else "left", va="bottom" if low < 0.5 else "top")
+
+
+def split(run: Run) -> Figure:
+    """Who holds what: the share of every class in each client's training samples, below the clients' numbers of samples.
+
+    Clients are ordered by their most frequent class. Where classes are unknown, a histogram of samples per client.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    classes = run.clients.get("classes")
+    if classes is None or classes.shape[1] < 2:
+        return _sizes(run)
+    counts = classes.numpy().astype(np.float64)
+    total = counts.sum(1)
+    share = counts / np.maximum(total, 1)[:, None]
+    order = np.lexsort((-share.max(1), share.argmax(1)))
+    n, k = counts.shape
+    figure, (top, ax) = _figure(10, min(7.0, 2.2 + 0.26 * k), rows=2, height_ratios=(1, 3), sharex=True)
+    top.bar(np.arange(n), total[order], width=1 if n > NUMBERED_CLIENTS else 0.8, color=FAINT, lw=0)
+    top.set_ylabel("samples")
+    top.tick_params(bottom=False, labelbottom=False)
+    top.grid(axis="x", visible=False)
+    blues = LinearSegmentedColormap.from_list("share", ["#ffffff", "#9ecae1", COLOURS[0], "#062f52"])
+    image = ax.imshow(share[order].T, aspect="auto", cmap=blues, vmin=0, vmax=1)
+    ax.grid(visible=False)
+    if n * k <= 200:
+        for (i, j), number in np.ndenumerate(counts[order].astype(int)):
+            if number:
+                ax.text(
+                    i, j, f"{number:,}", ha="center", va="center", fontsize=9, color="white" if share[order][i, j] > 0.45 else INK
+                )
+    names = list(run.names) if len(run.names) == k else [str(j) for j in range(k)]
+    shown = np.arange(0, k, -(-k // 25))
+    ax.set_yticks(shown, [names[j] for j in shown])
+    ax.set_ylabel("class")
+    if n <= NUMBERED_CLIENTS:
+        ax.set_xticks(np.arange(n), [str(c) for c in order])
+        ax.set_xlabel("client, ordered by most frequent class")
+    else:
+        ax.set_xticks([])
+        ax.set_xlabel(f"{n:,} clients, ordered by most frequent class")
+    bar = figure.colorbar(image, ax=ax, format=lambda v, _: f"{100 * v:.0f} %", pad=0.01, aspect=15)
+    bar.set_label("share of the client's samples")
+    bar.outline.set_visible(False)
+    _title(figure, top, "How the training data are split", _split_text(run, n, int(total.sum())))
+    return figure
+
+
+def _split_text(run: Run, clients: int, samples: int) -> str:
+    partition = run.settings.get("partition")
+    by = f", partition {partition}" if partition else ""
+    return f"{samples:,} samples on {clients:,} clients{by}"
+
+
+def _sizes(run: Run) -> Figure:
+    samples = run.clients.get("samples")
+    if samples is None or not len(samples):
+        raise DataError("nothing to draw: this run does not say who holds how many samples")
+    counts = samples.numpy()
+    figure, ax = _figure(6.4, 3.6)
+    if counts.min() > 0 and counts.max() > 50 * counts.min():
+        ax.set_xscale("log")
+        edges = np.geomspace(counts.min(), counts.max() + 1, 30)
+    else:
+        edges = _whole_edges(counts)
+    ax.hist(counts, edges, color=COLOURS[0], edgecolor="white", lw=0.5)
+    ax.set_xlabel("training samples of a client")
+    ax.set_ylabel("clients")
+    _title(figure, ax, "How the training data are split", _split_text(run, len(counts), int(counts.sum())))
+    return figure
+
+
+def _whole_edges(counts: NDArray[np.int64], most: int = 30) -> NDArray[np.float64]:
+    """Edges of at most ``most`` equal bins that each hold the same number of whole numbers."""
+    low, high = int(counts.min()), int(counts.max())
+    width = -(-(high - low + 1) // most)
+    return np.arange(low, high + width + 1, width) - 0.5
+
+
+def participation(runs: Sequence[Run]) -> Figure:
+    """Who took part when: client by round for up to 200 clients, with how often at the side; else how often, as a histogram.
+
+    The raster shows each method's first seed; methods that asked the same clients share one.
+    """
+    patterns: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+    for label, group in groups(runs).items():
+        patterns.setdefault(tuple(tuple(record["cohort"]) for record in group[0].history), []).append(label)
+    taken = [run.clients["rounds"] for run in runs if "rounds" in run.clients]
+    clients = max([len(t) for t in taken] + [1 + c for pattern in patterns for cohort in pattern for c in cohort], default=0)
+    if clients <= RASTER_CLIENTS and len(patterns) <= RASTERS and all(pattern and all(pattern) for pattern in patterns):
+        return _raster(patterns, clients, groups(runs))
+    return _how_often(groups(runs))
+
+
+def _raster(patterns: dict[tuple[tuple[int, ...], ...], list[str]], clients: int, members: dict[str, list[Run]]) -> Figure:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    colours = dict(zip(members, (style["color"] for style in _styles(members)), strict=True))
+    height = 0.9 + len(patterns) * min(3.4, max(1.6, 0.5 + 0.05 * clients))
+    figure, axes = _figure(10, height, rows=len(patterns), columns=2, width_ratios=(5, 1), sharey=True)
+    for i, ((pattern, labels), (ax, side)) in enumerate(zip(patterns.items(), np.reshape(axes, (-1, 2)), strict=True)):
+        there = np.zeros((clients, len(pattern)))
+        for t, cohort in enumerate(pattern):
+            there[list(cohort), t] = 1
+        colour = colours[labels[0]] if len(labels) == 1 else "#4d4d4d"
+        rounds = (0.5, len(pattern) + 0.5)
+        ax.imshow(there, aspect="auto", cmap=ListedColormap([EMPTY, colour]), vmin=0, vmax=1, extent=(*rounds, clients - 0.5, -0.5))
+        ax.set_ylabel("client")
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        side.barh(np.arange(clients), there.sum(1), height=1 if clients > NUMBERED_CLIENTS else 0.8, color=colour, lw=0)
+        side.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        side.tick_params(labelleft=False)
+        for each in (ax, side):
+            each.grid(visible=False)
+        if i == len(patterns) - 1:
+            ax.set_xlabel("round")
+            side.set_xlabel("times in all")
+        seed = members[labels[0]][0].seed
+        who = f"all methods, seed {seed}" if len(labels) == len(members) > 1 else f"{and_text(labels)}, seed {seed}"
+        mean = there.sum() / len(pattern)
+        text = f"{who}: {mean:.3g} of {clients:,} clients a round, {_seen(there.sum(1))}"
+        if i == 0:
+            _title(figure, ax, "Who took part", text)
+        else:
+            _subtitle(ax, text)
+    return figure
+
+
+def _seen(times: NDArray[np.float64]) -> str:
+    seen = int((times > 0).sum())
+    return f"{'all' if seen == len(times) else seen} seen at least once"
+
+
+def _how_often(members: dict[str, list[Run]]) -> Figure:
+    counts = {
+        label: [run.clients["rounds"].numpy() for run in group if "rounds" in run.clients] for label, group in members.items()
+    }
+    pooled = {label: np.concatenate(found) for label, found in counts.items() if found}
+    if not pooled:
+        raise DataError("nothing to draw: the runs do not say who took part")
+    first = next(iter(pooled.values()))
+    alike = all(np.array_equal(first, other) for other in pooled.values())
+    edges = _whole_edges(np.concatenate(list(pooled.values())))
+    figure, ax = _figure(6.4, 3.6)
+    for (label, style), found in zip(
+        zip(members, _styles(members), strict=True), (pooled.get(label) for label in members), strict=True
+    ):
+        if found is not None and not (alike and label != next(iter(pooled))):
+            shares = np.histogram(found, edges)[0] / len(found)
+            if alike:
+                ax.stairs(shares, edges, fill=True, color="#4d4d4d", lw=0)
+                for x, y in zip((edges[1:] + edges[:-1]) / 2, shares, strict=True):
+                    if len(shares) <= 12 and y:
+                        ax.annotate(_percent(y), (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=8.5, color=INK)
+            else:
+                ax.stairs(shares, edges, label=label, lw=2, **style)
+    ax.set_xlabel("rounds a client took part in")
+    ax.set_ylabel("clients")
+    ax.yaxis.set_major_formatter(lambda v, _: _percent(v))
+    if edges[1] - edges[0] == 1 and len(edges) <= 16:
+        ax.set_xticks((edges[1:] + edges[:-1]) / 2)
+    who = f"{len(next(g for g in counts.values() if g)[0]):,} clients" + (", all methods" if alike and len(members) > 1 else "")
+    _title(figure, ax, "How often clients took part", f"{who}; {_pooled_text(members)}")
+    if not alike:
+        _legend(figure, ax)
+    return figure
+
+
+def per_client(runs: Sequence[Run]) -> Figure:
+    """How clients fare on their own test data: all from worst to best, and their mean and worst 10 %, over all seeds."""
+    from matplotlib.ticker import PercentFormatter
+
+    metric = headline(runs)
+    metric = metric if metric != "loss" else "accuracy"
+    lower, members = lower_is_better(metric), groups(runs)
+    known = {label: [run for run in group if "accuracy" in run.clients] for label, group in members.items()}
+    scores = {label: np.concatenate([np.zeros(0), *(run.clients["accuracy"].numpy() for run in group)]) for label, group in known.items()}
+    rows = [label for label, found in scores.items() if not np.isnan(found).all()]
+    if not rows:
+        raise DataError("nothing to draw: no client has test data of its own")
+    figure, (ax, side) = _figure(10, 4.2, columns=2, width_ratios=(1, 1))
+    for label, style in zip(members, _styles(members), strict=True):
+        if label not in rows:
+            continue
+        ranked = np.sort(scores[label][~np.isnan(scores[label])])
+        ranked = ranked[::-1] if lower else ranked
+        ax.step(np.arange(len(ranked) + 1) / len(ranked), np.append(ranked, ranked[-1]), where="post", lw=2, **style)
+        row, mean = rows.index(label), float(ranked.mean())
+        worst = float(np.nanmean([worst_clients(run, lower) for run in known[label]]))
+        side.plot([worst, mean], [row, row], color=style["color"], lw=2, alpha=0.45, zorder=1)
+        for x, marker, outwards in ((worst, "v", 1 if lower else -1), (mean, "o", -1 if lower else 1)):
+            side.plot(x, row, marker, color=style["color"], ms=8)
+            text = side.annotate(value_text(metric, x), (x, row), (8 * outwards, 0), textcoords="offset points", fontsize=9, color=INK)
+            text.set(ha="left" if outwards > 0 else "right", va="center")
+    name = metric_text(metric).removeprefix("client ")
+    if is_share(metric):
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
+        ax.set_ylim(-0.02, 1.02)
+        side.xaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
+        side.set_xticks(np.linspace(0, 1, 6))
+        side.set_xlim(-0.2, 1.2)
+    else:
+        side.margins(x=0.3)
+    ax.axvspan(0, 0.1, color=EMPTY, zorder=0, lw=0)
+    ax.text(0.11, 0.02, "worst 10 %", transform=ax.transAxes, fontsize=9, color=FAINT)
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
+    ax.set_xlabel("clients, from worst to best")
+    ax.set_ylabel(f"client's {name}")
+    side.set_xlabel(name)
+    side.set_yticks(range(len(rows)), rows)
+    for tick, label in zip(side.get_yticklabels(), rows, strict=True):
+        tick.set(color=_styles(members)[list(members).index(label)]["color"], weight="bold")
+    side.set_ylim(len(rows) - 0.4, -0.6)
+    side.grid(axis="y", visible=False)
+    side.tick_params(axis="y", length=0)
+    _subtitle(side, "●  mean     ▼  mean of the worst 10 %")
+    _title(figure, ax, f"{name.capitalize()} of every client on its own test data", _pooled_text(members))
+    return figure
+
+
+def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
+    """Every picture that these runs give, by file name without its ending."""
+    metric = headline(runs)
+    worst = next((m for m in metrics(runs) if m.endswith("_worst10")), None)
+    axes: tuple[Against, ...] = ("rounds", "bytes", "seconds")
+    draw: dict[str, Callable[[], Figure]] = {f"{metric}-{against}": partial(curves, runs, metric, against) for against in axes}
+    draw["loss-rounds"] = partial(curves, runs, "loss", "rounds")
+    if worst is not None:
+        draw[f"{worst}-rounds"] = partial(curves, runs, worst, "rounds")
+    draw |= {"clients": partial(per_client, runs), "split": partial(split, runs[0]), "participation": partial(participation, runs)}
+    drawn = {}
+    for name, picture in draw.items():
+        with contextlib.suppress(DataError):  # what these runs do not hold is not drawn
+            drawn[name] = picture()
+    return drawn
+
+
+def save_all(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write every picture as a PNG of 150 dots per inch; raises ``CheckpointError`` if the folder cannot be written."""
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in draw_all(runs).items():
+            paths.append(folder / f"{''.join(c if c.isalnum() or c in '-_' else '-' for c in name)}.png")
+            figure.savefig(paths[-1], dpi=DPI)
+    except OSError as error:
+        raise CheckpointError(f"out: {folder} cannot be written: {error.strerror}") from None
+    return paths
+
+
+# ---- the look
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
+    """A figure in inches and its axes, in the common look."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    share = {key: grid.pop(key) for key in ("sharex", "sharey") if key in grid}
+    axes = figure.subplots(rows, columns, gridspec_kw=grid, **share)
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color("#b0b0b0")
+        ax.tick_params(color="#b0b0b0", labelcolor=INK, labelsize=9.5)
+        ax.xaxis.label.set(color=INK, fontsize=10)
+        ax.yaxis.label.set(color=INK, fontsize=10)
+        ax.grid(color="#e4e4e4", lw=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _styles(members: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    """Colour and dashes of every method."""
+    return [{"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]} for i in range(len(members))]
+
+
+def _title(figure: Figure, ax: Axes, title: str, subtitle: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold", color=INK)
+    _subtitle(ax, subtitle)
+
+
+def _subtitle(ax: Axes, text: str) -> None:
+    ax.set_title(text, loc="left", fontsize=9, color=FAINT)
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    """Below the axes, in as many columns as fit, so that it never covers data."""
+    handles, labels = ax.get_legend_handles_labels()
+    fits = int(11 * figure.get_figwidth() // (6 + max(map(len, labels))))
+    columns = max(1, min(len(labels), fits))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=10, handlelength=1.8)
+
+
+def _seeds_text(members: dict[str, list[Run]]) -> str:
+    fewest, most = min(map(len, members.values())), max(map(len, members.values()))
+    if most == 1:
+        return "one seed"
+    return f"mean of {most if fewest == most else f'{fewest} to {most}'} seeds; band: lowest to highest seed"
+
+
+def _pooled_text(members: dict[str, list[Run]]) -> str:
+    most = max(map(len, members.values()))
+    return f"{most} seeds pooled" if most > 1 else "one seed"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

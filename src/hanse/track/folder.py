@@ -1,0 +1,116 @@
+"""The folder of one run: settings, an append-only history, checkpoints. What is in it survives a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hanse.core.errors import CheckpointError
+from hanse.track.run import Record, Run
+
+HISTORY, CHECKPOINT, SETTINGS, CLIENTS = "history.jsonl", "checkpoint.safetensors", "run.json", "clients.safetensors"
+
+
+class Folder:
+    """``path`` holds ``run.json`` (settings and notes), ``history.jsonl``, ``checkpoint.safetensors`` and, at the end,
+    ``clients.safetensors``. Raises ``CheckpointError`` with the reason when it cannot be written or read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, about: dict[str, Any]) -> None:
+        """Start an empty run folder; an earlier run there is replaced."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in (HISTORY, CHECKPOINT, CLIENTS):
+                (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
+        self.describe(about)
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """Replace ``run.json``."""
+        self._replace(SETTINGS, json.dumps(about, indent=1).encode())
+
+    def about(self) -> dict[str, Any]:
+        """Contents of ``run.json``."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
+            return found
+        except (OSError, ValueError):
+            raise CheckpointError(f"{self.path} is not a run folder: no readable {SETTINGS}") from None
+
+    def append(self, record: Record) -> None:
+        """Add one line to the history."""
+        try:
+            with (self.path / HISTORY).open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path / HISTORY} cannot be written: {error.strerror}") from None
+
+    def history(self) -> list[Record]:
+        """All whole lines; a last line cut off by a kill is dropped."""
+        try:
+            lines = (self.path / HISTORY).read_bytes().split(b"\n")[:-1]
+            return [json.loads(line) for line in lines]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / HISTORY} is damaged: {error}") from None
+
+    def rewind(self, rounds: int) -> list[Record]:
+        """Cut the history back to the first ``rounds`` rounds, which a checkpoint covers, and return it."""
+        kept = self.history()[:rounds]
+        self._replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
+        return kept
+
+    def save(self, tensors: dict[str, Tensor], name: str = CHECKPOINT) -> None:
+        """Write tensors so that the file is at every moment either the old or the new one."""
+        from safetensors.torch import save
+
+        self._replace(name, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+
+    def load(self, name: str = CHECKPOINT) -> dict[str, Tensor] | None:
+        """The saved tensors, None if there are none yet; raises ``CheckpointError`` on a damaged file."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            tensors: dict[str, Tensor] = load((self.path / name).read_bytes())
+            return tensors
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{self.path / name} is damaged or not a checkpoint: {error}") from None
+
+    def read(self) -> Run:
+        """The run as far as it got."""
+        about, clients, saved = self.about(), self.load(CLIENTS) or {}, self.load() or {}
+        weights = {n.removeprefix("weights."): t for n, t in saved.items() if n.startswith("weights.")}
+        return Run(
+            about["method"], about["seed"], about["settings"], self.history(), weights, clients, tuple(about["names"]), about["notes"]
+        )
+
+    def _replace(self, name: str, data: bytes) -> None:
+        target, part = self.path / name, self.path / f".{name}.part"
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise CheckpointError(f"{target} cannot be written: {error.strerror}; the last good one is kept") from None
+
+
+def worst_share(values: Tensor, share: float = 0.1) -> float:
+    """Mean of the worst ``share`` (at least one) of the values that are not NaN."""
+    ranked = values[~torch.isnan(values)].sort().values
+    return float(ranked[: max(1, int(share * len(ranked)))].mean()) if len(ranked) else float("nan")
