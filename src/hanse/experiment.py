@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from hanse.codecs.base import Codec, identity
-from hanse.core.errors import CheckpointError, DivergedError, HanseError
+from hanse.config import Settings
+from hanse.core.errors import DivergedError, HanseError
+from hanse.core.messages import Tensors
 from hanse.engines.local import LocalNetwork, local
 from hanse.federation import Federation
 from hanse.methods.base import Method
@@ -38,27 +40,28 @@ class Writer(Protocol):
 
 
 class Recorder:
-    """Turns committed rounds into history, checkpoints and evaluations."""
+    """Turns committed rounds into history, evaluations and checkpoints."""
 
-    def __init__(self, federation: Federation, rounds: int, every: int, folder: Folder | None, writers: Sequence[Writer]) -> None:
-        self.federation, self.rounds, self.every, self.folder, self.writers = federation, rounds, every, folder, writers
-        self.history: list[Record] = []
+    def __init__(self, result: Run, rounds: int, every: int, folder: Folder | None, writers: Sequence[Writer]) -> None:
+        self.result, self.rounds, self.every, self.folder, self.writers = result, rounds, every, folder, writers
         self.saved_at = time.monotonic()
-        self.accuracy: torch.Tensor | None = None
 
     def __call__(self, net: LocalNetwork) -> None:
         due = net.round == self.rounds or (self.every > 0 and net.round % self.every == 0)
-        listed = net.cohort.tolist() if len(net.cohort) <= COHORT_LISTED else []
         record = Record(
             round=net.round,
             seconds=net.traffic.seconds,
             bytes_down=net.traffic.down,
             bytes_up=net.traffic.up,
             loss=net.loss,
-            metrics=self.evaluate(net) if due else {},
-            cohort=listed,
+            metrics=evaluate(net) if due else {},
+            cohort=net.cohort.tolist() if len(net.cohort) <= COHORT_LISTED else [],
         )
-        self.history.append(record)
+        self.result.history.append(record)
+        if net.arrangement is not None and "arrangement" not in self.result.notes:
+            self.result.notes["arrangement"] = net.engine.full()
+            if self.folder is not None:
+                self.folder.describe(self.result)
         if self.folder is not None:
             self.folder.append(record)
             if net.round == self.rounds or net.stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
@@ -74,43 +77,46 @@ class Recorder:
             self.folder.save({**net.snapshot(), **{f"weights.{n}": t for n, t in weights(net).items()}})
         self.saved_at = time.monotonic()
 
-    def evaluate(self, net: LocalNetwork) -> dict[str, float]:
-        """Loss and metrics on the global test set, and mean, worst 10 % and variance of each metric over the clients' test parts."""
-        problem, split = self.federation.problem, self.federation.split
-        found: dict[str, float] = {}
-        everyone = torch.arange(net.clients)
-        kept = net.kept.read(everyone) if net.kept.widths else {}
-        w, buffers = net.state["x"], net.state.get("buffers", problem.start_buffers)
-        if "private" in kept or "buffers" in kept:
-            rest = kept.get("private", w.new_empty(net.clients, 0))
-            w, buffers = torch.cat([w.expand(net.clients, -1), rest], 1), kept.get("buffers", buffers)
-        elif len(split.test_x):
-            scores = problem.evaluate(w, buffers, split.test_x, split.test_y)
-            found = {("test_loss" if n == "loss" else n): v for n, v in scores.items()}
-            if not math.isfinite(found["test_loss"]):
-                raise DivergedError(f"the loss of the global model in round {net.round} is {found['test_loss']}; lower lr or set clip")
-        if len(split.test.x) and int(split.test.counts().sum()):
-            for name, values in problem.evaluate_clients(w, buffers, split.test).items():
-                if name in problem.metrics:
-                    there = values[~torch.isnan(values)]
-                    found |= {
-                        f"client_{name}": float(there.mean()),
-                        f"client_{name}_worst10": worst_share(values),
-                        f"client_{name}_variance": float(there.var(correction=0)),
-                    }
-                    if self.accuracy is None or name == next(iter(problem.metrics)):
-                        self.accuracy = values
-        return found
+
+def evaluate(net: LocalNetwork) -> dict[str, float]:
+    """Loss and metrics on the global test set, and mean, worst tenth and variance of each metric over the clients' test parts."""
+    problem, split = net.problem, net.federation.split
+    found: dict[str, float] = {}
+    if not net.personal and len(split.test_x):
+        buffers = net.state.get("buffers", problem.start_buffers)
+        scores = problem.evaluate(net.state["x"], buffers, split.test_x, split.test_y)
+        if not math.isfinite(scores["loss"]):
+            raise DivergedError(f"the test loss after round {net.round} is {scores['loss']}; lower lr or set clip")
+        found = {("test_loss" if n == "loss" else n): v for n, v in scores.items()}
+    for name, values in per_client(net).items():
+        there = values[~torch.isnan(values)]
+        if name in problem.metrics and len(there):
+            found[f"client_{name}"] = float(there.mean())
+            found[f"client_{name}_worst10"] = worst_share(values)
+            found[f"client_{name}_variance"] = float(there.var(correction=0))
+    return found
 
 
-def weights(net: LocalNetwork) -> dict[str, torch.Tensor]:
-    """The global model as named tensors: shared parameters, and averaged buffers."""
+def per_client(net: LocalNetwork) -> Tensors:
+    """Loss and metrics of every client's own model on its own test part, ``[clients]`` each; empty without test parts."""
+    problem, test = net.problem, net.federation.split.test
+    if not int(test.offsets[-1] - test.offsets[0]):
+        return {}
+    w, buffers = net.state["x"], net.state.get("buffers", problem.start_buffers)
+    if net.personal:
+        kept = net.kept.read(torch.arange(net.clients))
+        w = torch.cat([w.expand(net.clients, -1), kept["private"]], 1) if "private" in kept else w.expand(net.clients, -1)
+        buffers = kept.get("buffers", buffers)
+    return problem.evaluate_clients(w, buffers, test)
+
+
+def weights(net: LocalNetwork) -> Tensors:
+    """The global model as named tensors: parameters (private ones at their start), and averaged buffers."""
     problem = net.problem
-    full = torch.cat([net.state["x"], problem.start[problem.shared :]])
-    named = {n: t.clone() for n, t in problem.layout.views(full).items()}
+    named = problem.layout.views(torch.cat([net.state["x"], problem.start[problem.shared :]]))
     if "buffers" in net.state:
-        named |= {n: t.clone() for n, t in problem.buffer_layout.views(net.state["buffers"]).items()}
-    return named
+        named |= problem.buffer_layout.views(net.state["buffers"])
+    return {n: t.clone() for n, t in named.items()}
 
 
 def run(
@@ -126,44 +132,39 @@ def run(
     out: Path | str | None = None,
     writers: Sequence[Writer] = (),
     resume: bool = False,
-    about: dict[str, Any] | None = None,
     on_start: Callable[[LocalNetwork], None] = lambda net: None,
 ) -> Run:
     """Train ``method`` on ``federation`` for ``rounds`` rounds.
 
     ``evaluate``: every how many rounds (0: only after the last). ``seed`` (default the federation's) draws cohorts and batches.
-    ``out``: a run folder to write; with ``resume`` the run goes on from its checkpoint. Raises ``DivergedError`` when the training
-    loss is not finite, after saving the last good round.
+    ``out``: a run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``on_start`` gets the network before
+    the first round; setting its ``stopping`` ends the run after a round, in a state from which it can be resumed. Raises
+    ``DivergedError`` when the training loss is not finite, after saving the last good round.
     """
     schedule, codec, engine = schedule or synchronous(), codec or identity(), engine or local()
     seed = federation.seed if seed is None else seed
     folder = None if out is None else Folder(Path(out))
-    recorder = Recorder(federation, rounds, evaluate, folder, writers)
-    net = LocalNetwork(federation, method, engine, codec, seed=seed, rounds=rounds, on_commit=recorder)
     settings = {
-        "task": federation.task, "clients": federation.clients, "partition": federation.partition, "fleet": federation.fleet,
-        "method": method, "schedule": schedule, "codec": codec, "engine": engine, "rounds": rounds, "seed": seed,
-        "evaluate": evaluate,
+        **federation.settings(), "method": method.full(), "schedule": schedule.full(), "codec": codec.full(), "engine": engine.full(),
+        "rounds": str(rounds), "seed": str(seed), "evaluate": str(evaluate),
     }  # fmt: skip
-    result = Run(type(method).__name__, seed, {k: str(v) for k, v in settings.items()}, recorder.history, {}, names=federation.split.names)
-    if folder is not None:
-        description = {**(about or {}), "method": result.method, "seed": seed, "settings": result.settings, "names": result.names}
-        if resume:
-            saved = folder.load()
-            if saved is not None:
-                net.restore(saved)
-            recorder.history[:] = folder.rewind(net.round)
-        else:
-            folder.create({**description, "notes": {}})
+    result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)
+    recorder = Recorder(result, rounds, evaluate, folder, writers)
+    if folder is not None and resume:
+        result.notes = folder.read().notes
+        if "arrangement" in result.notes:
+            engine = local.parse(result.notes["arrangement"])
+    net = LocalNetwork(federation, method, engine, codec, seed=seed, rounds=rounds, on_commit=recorder)
+    if folder is not None and resume:
+        saved = folder.load()
+        if saved is not None:
+            net.restore(saved)
+        result.history = folder.rewind(net.round)
+    elif folder is not None:
+        folder.write(result)
     on_start(net)
     try:
-        conversation = schedule.run(net, method)
-        try:
-            conversation.send(None)
-        except StopIteration:
-            pass
-        else:
-            raise HanseError(f"{schedule}: the conversation waits for something that this engine never sends")
+        drive(schedule.run(net, method))
     except DivergedError:
         if folder is not None and net.round and bool(torch.isfinite(net.state["x"]).all()):
             recorder.save(net)
@@ -171,24 +172,47 @@ def run(
     finally:
         for writer in writers:
             writer.close()
-    result.weights = weights(net) if net.state else {}
+    result.weights = weights(net)
     result.clients = {"samples": net.samples.counts(), "rounds": net.taken.long()}
     if federation.split.groups is not None:
         result.clients["classes"] = federation.split.groups
-    if recorder.accuracy is not None:
-        result.clients["accuracy"] = recorder.accuracy
-    result.notes["arrangement"] = str(net.arrangement)
+    own = per_client(net)
+    if own and net.problem.metrics:
+        result.clients["accuracy"] = own[next(iter(net.problem.metrics))]
     if folder is not None:
         folder.save(result.clients, CLIENTS)
-        folder.describe({**description, "notes": result.notes})
+        folder.describe(result)
     return result
 
 
-def finished(folder: Folder) -> bool:
-    """Whether a run has all its rounds."""
-    return len(folder.history()) >= int(folder.about()["settings"]["rounds"])
+def drive(conversation: Coroutine[Any, Any, None]) -> None:
+    """Run a schedule's coroutine to its end; with this engine every answer is ready when it is awaited."""
+    try:
+        conversation.send(None)
+    except StopIteration:
+        return
+    raise HanseError("the schedule waits for something that this engine never sends")
 
 
-def not_resumable(path: Path) -> CheckpointError:
-    """The error for a folder that holds no run."""
-    return CheckpointError(f"{path} holds no run: no run.json in it or in its subfolders")
+def resume(folder: Path | str, federation: Federation | None = None, writers: Sequence[Writer] = ()) -> Run:
+    """Go on with the run in ``folder`` to the result it would have had.
+
+    ``federation`` is needed only for a run whose task is not known by name. Raises ``CheckpointError`` where there is no run, or
+    its checkpoint is damaged or of another model.
+    """
+    path = Path(folder)
+    settings = Settings.read(None, Folder(path).read().settings)
+    (method,), schedule, codec, engine = settings.parts()
+    return run(
+        federation or settings.federation(settings.seed[0]),
+        method,
+        schedule,
+        rounds=settings.rounds,
+        codec=codec,
+        engine=engine,
+        seed=settings.seed[0],
+        evaluate=settings.evaluate,
+        out=path,
+        writers=writers,
+        resume=True,
+    )

@@ -12,7 +12,7 @@ from hanse.core.problem import Problem
 from hanse.core.samples import Samples
 from hanse.core.streams import Streams
 from hanse.data.partition import Partition, iid
-from hanse.data.task import Task
+from hanse.data.task import Split, Task
 from hanse.fleet.profiles import Fleet, ideal
 
 
@@ -44,6 +44,21 @@ class Federation:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.streams = Streams(seed)
 
+    def settings(self) -> dict[str, str]:
+        """What was asked for, as text from which ``Settings`` builds the same federation."""
+        return {
+            "task": self.task.full(),
+            "clients": str(self.clients),
+            "partition": self.partition.full(),
+            "fleet": self.fleet.full(),
+            "split_seed": str(self.seed),
+            "private": " ".join(self.private),
+            "frozen": " ".join(self.frozen),
+            "buffers": self.buffers,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+        }
+
     @cached_property
     def split(self) -> Split:
         """The clients' samples and the global test set."""
@@ -53,7 +68,7 @@ class Federation:
     @cached_property
     def problem(self) -> Problem:
         """Model, loss and metrics, with initial weights drawn from the seed."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # modules draw their weights from torch's global generator
             torch.manual_seed(self.streams.torch("weights").initial_seed())
             model = self.task.model()
         return Problem(

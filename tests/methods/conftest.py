@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 import hanse as hs
+from hanse.core.context import Context
+from hanse.core.gradients import Path
+from hanse.core.samples import Batch
 from hanse.engines.local import LocalNetwork
 from hanse.track.run import Record
+
+
+class Parabola:
+    """Gradients of the quadratics by their formula: limits take hundreds of rounds, which autograd would make slow."""
+
+    name = "parabola"
+    descend = None
+
+    def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = batch.x[:, 0].unbind(1)
+        miss = w - b
+        return a * miss, 0.5 * (a * miss * miss).sum(1)
 
 
 @dataclass
@@ -34,6 +49,8 @@ class Watcher:
 
     def start(self, net: LocalNetwork) -> None:
         self.net = net
+        if isinstance(net.federation.task, hs.tasks.quadratics):
+            net.paths["vmap"] = Parabola()
 
     def write(self, record: Record) -> None:
         assert self.net is not None
@@ -46,6 +63,7 @@ class Watcher:
 
 
 Follow = Callable[..., list[Round]]
+Draw = Literal["fixed", "bernoulli"]
 
 
 @pytest.fixture
@@ -55,7 +73,14 @@ def follow() -> Follow:
     The arrangement is fixed because sums taken in another order differ in their last bits; with it, equal formulas give equal bits.
     """
 
-    def run(federation: hs.Federation, rule: hs.methods.Method, rounds: int, cohort: int | None = None, **engine: Any) -> list[Round]:
+    def run(
+        federation: hs.Federation,
+        rule: hs.methods.Method,
+        rounds: int,
+        cohort: int | None = None,
+        draw: Draw = "fixed",
+        **engine: Any,
+    ) -> list[Round]:
         cohort = cohort or federation.clients
         path = "vmap" if isinstance(federation.task, hs.tasks.quadratics) else "stacked"
         how = {"path": path, "chunk": cohort, "workers": 1, "threads": 1, "shortcuts": False} | engine
@@ -63,7 +88,7 @@ def follow() -> Follow:
         hs.run(
             federation,
             rule,
-            hs.schedules.synchronous(cohort=cohort),
+            hs.schedules.synchronous(cohort=cohort, draw=draw),
             rounds=rounds,
             evaluate=0,
             engine=hs.engines.local(**how),
@@ -73,6 +98,30 @@ def follow() -> Follow:
         return watcher.rounds
 
     return run
+
+
+@dataclass
+class Listening:
+    """A gradient path that keeps every gradient it hands out."""
+
+    inner: Path
+    heard: list[Tensor] = field(default_factory=list)
+
+    def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.inner.grad(w, batch, buffers)
+        self.heard.append(found[0].clone())
+        return found
+
+
+@pytest.fixture
+def listen() -> Callable[[Context], list[Tensor]]:
+    """``listen(ctx)``: the list to which every gradient computed for ``ctx`` from now on is added."""
+
+    def attach(ctx: Context) -> list[Tensor]:
+        ctx.path = Listening(ctx.path)
+        return ctx.path.heard
+
+    return attach
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +138,7 @@ def quadratics() -> hs.Federation:
 
 @dataclass(frozen=True)
 class Bowls:
-    """The same quadratics as plain numbers: ``a`` (diagonals of A_i) and ``b`` ``[N, d]``, and the minimiser ``best`` of their mean."""
+    """The same quadratics as numbers: ``a`` (diagonals of A_i) and ``b`` ``[N, d]``, and ``best``, the minimiser of their mean."""
 
     a: Tensor
     b: Tensor

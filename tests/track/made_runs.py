@@ -9,7 +9,9 @@ import torch
 from hanse.track.run import Record, Run
 
 
-def record(round: int, *, accuracy: float | None = None, loss: float = 1.0, down: int = 0, up: int = 0, seconds: float = 0.0) -> Record:
+def record(
+    round: int, *, accuracy: float | None = None, loss: float = 1.0, down: int = 0, up: int = 0, seconds: float = 0.0
+) -> Record:
     """One round; without accuracy it was not evaluated."""
     metrics = {} if accuracy is None else {"accuracy": accuracy, "test_loss": loss}
     return Record(round=round, seconds=seconds, bytes_down=down, bytes_up=up, loss=loss, metrics=metrics, cohort=[0, 1])

@@ -25,8 +25,8 @@ class Context:
     """The work of C clients in one round.
 
     ``message``: what the server sent, each tensor shared by all (``[P]``) or a row a client (``[C, P]``). ``state``: what these
-    clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: nobody needs single clients' sums, so ``train`` may
-    return them added up.
+    clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: where nobody needs single clients' sums, the running
+    sums over clients so far, to which ``train`` may add by itself.
     """
 
     problem: Problem
@@ -41,17 +41,21 @@ class Context:
     lr: float
     local: Optimizer
     clip: float | None = None
-    totals: bool = False
-    loss: Tensor = field(default_factory=lambda: torch.zeros(0))
-    buffers: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    private: Tensor | None = None
+    totals: Tensors | None = None
+    buffers: Tensor = field(init=False)
+    private: Tensor | None = field(init=False)
+    loss: Tensor = field(init=False)
     _first_pass: bool = True
     _private_gradient: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.counts = self.samples.counts(self.ids).to(self.problem.device)
         self.steps = self.plan.lengths(self.counts)
-        self.loss = torch.zeros(len(self.ids), dtype=self.problem.dtype, device=self.problem.device)
+        problem, everyone = self.problem, len(self.ids)
+        self.private = self.state.get("private")
+        buffers = self.state.get("buffers", self.message.get("buffers", problem.start_buffers))
+        self.buffers = buffers if "buffers" in self.state else buffers.expand(everyone, -1).clone()
+        self.loss = torch.zeros(everyone, dtype=problem.dtype, device=problem.device)
 
     @property
     def start(self) -> Tensor:
@@ -112,18 +116,22 @@ class Context:
         return self.descend(direction).sub_(self.start)
 
     def total_displacement(self, weight: Tensor) -> Tensor | None:
-        """``sum_i weight_i (w_iK - start)`` ``[P]`` of plain gradient descent by the exact shortcuts; None where they do not apply."""
-        if not self.totals or self.path.descend is None or not self.local.plain:
+        """``sum_i weight_i (w_iK - start)`` ``[P]`` of plain gradient descent by the exact shortcuts, added to ``totals["delta"]``;
+        None where they do not apply.
+        """
+        if self.totals is None or self.path.descend is None or not self.local.plain:
             return None
         if self.clip is not None or self.private is not None or self.start.dim() > 1:
             return None
+        if "delta" not in self.totals:
+            self.totals["delta"] = torch.zeros_like(self.start)
+        total = self.totals["delta"]
         batches = self.plan.batches(self.samples, self.ids, self.streams, self.round)
-        total, self.loss = self.path.descend(self.start, batches, self.steps.tolist(), self.lr, weight)
+        self.loss = self.path.descend(total, self.start, batches, self.steps.tolist(), self.lr, weight)
         return total
 
     def upload(self, weight: Tensor, rows: Tensors | None = None, **sums: Tensor) -> Upload:
         """Declare what the server may see: ``sums`` weighted by ``weight`` ``[C]``, and ``rows``."""
-        totalled = any(t.dim() == 1 for t in sums.values())
         if "buffers" in self.message:
             sums["buffers"] = self.buffers
-        return Upload(self.ids, weight, sums, rows or {}, self.loss, totalled)
+        return Upload(self.ids, weight, sums, rows or {}, self.loss)

@@ -26,9 +26,9 @@ from hanse.core.losses import cross_entropy, squared_error
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch
 
-
-Descend = Callable[[Tensor, Iterable[tuple[int, Batch]], list[int], float, Tensor], tuple[Tensor, Tensor]]
-"""``(start [P], batches, steps per client, lr, weight [C]) -> (sum_i weight_i (w_i - start) [P], mean losses [C])`` of plain SGD."""
+Descend = Callable[[Tensor, Tensor, Iterable[tuple[int, Batch]], list[int], float, Tensor], Tensor]
+"""Plain SGD: ``(total [P], start [P], batches, steps per client, lr, weight [C])`` adds ``sum_i weight_i (w_i - start)`` to ``total``
+and returns the mean losses ``[C]``."""
 
 
 class Path(Protocol):
@@ -119,7 +119,10 @@ class Vmap:
         round: int,
         step: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        with dropout_at(client, round, step), torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+        with (
+            dropout_at(client, round, step),
+            torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext(),
+        ):
             output = functional_call(self.module, {**params, **stats, **self.problem.fixed}, (x,))
         losses = self.problem.loss(output.to(self.problem.dtype), y)
         return losses.mean() if weight is None else (losses * weight).sum(), stats
@@ -154,6 +157,8 @@ class Stacked:
         """
         x, y, weight = batch[:3]
         clients, size = x.shape[:2]
+        if len(w) == 1:  # one large matrix is faster as itself than as a batch of one
+            w = w[0]
         shared = w.dim() == 1
         views = self.problem.layout.views(w)
         h = x.flatten(2)
@@ -205,7 +210,7 @@ class Stacked:
         into = self.problem.layout.views(gradient)
         for (matrix, bias, _), (delta, h) in zip(self.layers, factors, strict=True):
             if len(w) == 1:
-                torch.bmm(delta.transpose(1, 2), h, out=into[matrix])
+                torch.mm(delta[0].t(), h[0], out=into[matrix][0])
             else:  # a batched product into strided memory falls back to one call per client; a contiguous one and a copy do not
                 into[matrix].copy_(torch.bmm(delta.transpose(1, 2), h))
             if bias:
@@ -213,46 +218,40 @@ class Stacked:
         return gradient, losses
 
     def _descend(
-        self, start: Tensor, batches: Iterable[tuple[int, Batch]], lengths: list[int], lr: float, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Two exact shortcuts: the first step reads ``start`` itself (one large product, no copies), and a client's last step goes
-        straight into the sum, so that a single-step round never makes C models.
-        """
-        total, losses = torch.zeros_like(start), start.new_zeros(len(lengths))
-        with torch.inference_mode():  # results live outside, everything in between is cheaper inside
-            self._descend_into(total, losses, start, batches, lengths, lr, weight)
-        return total, losses.div_(start.new_tensor(lengths))
-
-    def _descend_into(
         self,
         total: Tensor,
-        losses: Tensor,
         start: Tensor,
         batches: Iterable[tuple[int, Batch]],
         lengths: list[int],
         lr: float,
         weight: Tensor,
-    ) -> None:
+    ) -> Tensor:
+        """Two exact shortcuts: the first step reads ``start`` itself (one large product, no copies), and a client's last step goes
+        straight into the sum, so that a single-step round never makes C models.
+        """
+        losses = start.new_zeros(len(lengths))
         w: Tensor | None = None
-        for k, (active, batch) in enumerate(batches):
-            going = sum(length > k + 1 for length in lengths)  # clients are sorted: the first ``going`` have more to do
-            factors, loss = self._factors(start if w is None else w[:active], batch)
-            losses[:active] += loss
-            if going < active:
-                share = weight[going:active]
-                if w is not None:
-                    total.addmv_(w[going:active].t(), share).sub_(start, alpha=float(share.sum()))
-                self._step_sum(total, [(d[going:], h[going:]) for d, h in factors] if going else factors, lr, share)
-            if going:
-                w = start.repeat(going, 1) if w is None else w[:going]
-                self._step_rows(w, [(d[:going], h[:going]) for d, h in factors] if going < active else factors, lr)
+        with torch.inference_mode():  # total and losses live outside; everything in between is cheaper inside
+            for k, (active, batch) in enumerate(batches):
+                going = sum(length > k + 1 for length in lengths)  # clients are sorted: the first ``going`` have more to do
+                factors, loss = self._factors(start if w is None else w[:active], batch)
+                losses[:active] += loss
+                if going < active:
+                    share = weight[going:active]
+                    if w is not None:
+                        total.addmv_(w[going:active].t(), share).sub_(start, alpha=float(share.sum()))
+                    self._step_sum(total, [(d[going:], h[going:]) for d, h in factors] if going else factors, lr, share)
+                if going:
+                    w = start.repeat(going, 1) if w is None else w[:going]
+                    self._step_rows(w, [(d[:going], h[:going]) for d, h in factors] if going < active else factors, lr)
+        return losses.div_(start.new_tensor(lengths))
 
     def _step_rows(self, w: Tensor, factors: list[tuple[Tensor, Tensor]], lr: float) -> None:
         """``w -= lr * gradient``, row by row."""
         into = self.problem.layout.views(w)
         for (matrix, bias, _), (delta, h) in zip(self.layers, factors, strict=True):
             if len(w) == 1:
-                into[matrix].baddbmm_(delta.transpose(1, 2), h, alpha=-lr)
+                into[matrix][0].addmm_(delta[0].t(), h[0], alpha=-lr)
             else:
                 into[matrix].add_(torch.bmm(delta.transpose(1, 2), h), alpha=-lr)
             if bias:

@@ -41,7 +41,9 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """``[..., P]`` to named views ``[..., *shape]`` that share its memory."""
         lead = flat.shape[:-1]
-        return {e.name: part.view(*lead, *e.shape) for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)}
+        return {
+            e.name: part.view(*lead, *e.shape) for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)
+        }
 
     def flatten(self, tensors: Mapping[str, Tensor], lead: tuple[int, ...] = ()) -> Tensor:
         """Named tensors ``[*lead, *shape]`` to a new ``[*lead, P]``; raises ``ConfigError`` on a missing name or a wrong shape."""

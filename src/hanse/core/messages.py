@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -46,15 +46,15 @@ class Upload:
     """What a batch of clients sends, axis 0 = client.
 
     ``sums`` are only ever used through ``sum_i weight_i v_i`` (so they may be added in a tree, in chunks, under secure aggregation
-    or with noise); a sum without client axis (``totalled``) is that sum already. ``rows`` are seen one by one.
+    or with noise); one without a client axis has been added to the running totals already. ``rows`` are seen one by one.
+    ``loss`` ``[C]`` is each client's mean training loss.
     """
 
     clients: Tensor
     weight: Tensor
     sums: Tensors
-    rows: Tensors = field(default_factory=dict)
-    loss: Tensor | None = None
-    totalled: bool = False
+    rows: Tensors
+    loss: Tensor
 
 
 @dataclass

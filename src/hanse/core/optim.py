@@ -141,6 +141,8 @@ class constant(Rate):
     def __str__(self) -> str:
         return repr(self.value)
 
+    full = __str__
+
 
 class exponential(Rate):
     """``start * decay^round``."""

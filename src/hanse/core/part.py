@@ -19,7 +19,7 @@ class Part(BaseModel):
     """Base of every configurable piece.
 
     A direct subclass opens a *kind* (``Method``, ``Codec``, ...); every concrete class below it is found by its name, in any
-    case, with ``-`` read as ``_``. Positional arguments are taken in the order of the fields. A string is accepted wherever
+    case, with ``-`` read as ``_``. Positional arguments are taken in the order of the fields, a class's own before inherited ones. A string is accepted wherever
     a part is: ``FedAvg(local="sgd(momentum=0.9)")``.
     """
 
@@ -47,6 +47,13 @@ class Part(BaseModel):
         if "abstract" not in cls.__dict__:
             cls.abstract = False
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """A class's own fields come before inherited ones, so that ``dirichlet(0.3)`` sets its alpha."""
+        fields = cls.model_fields
+        for name in [n for n in fields if n not in cls.__dict__.get("__annotations__", {})]:
+            fields[name] = fields.pop(name)
+
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
@@ -63,6 +70,12 @@ class Part(BaseModel):
         return f"{type(self).__name__}({values})" if values else type(self).__name__
 
     __repr__ = __str__
+
+    def full(self) -> str:
+        """Like ``str``, with every field."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        inside = ", ".join(f"{k}={v.full() if isinstance(v, Part) else repr(v)}" for k, v in values.items())
+        return f"{type(self).__name__}({inside})"
 
     @classmethod
     def registry(cls) -> dict[str, type[Self]]:

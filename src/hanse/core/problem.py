@@ -108,7 +108,11 @@ class Problem:
         if w.dim() == 1:
             each = self.scores(w, buffers, *samples.take(torch.arange(int(samples.offsets[0]), int(samples.offsets[-1]))))
         else:
-            lots = [self.scores(w[c], buffers[c] if buffers.dim() > 1 else buffers, *samples.of(c)) for c in range(samples.clients) if counts[c]]
+            lots = [
+                self.scores(w[c], buffers[c] if buffers.dim() > 1 else buffers, *samples.of(c))
+                for c in range(samples.clients)
+                if counts[c]
+            ]
             each = {name: torch.cat([lot[name] for lot in lots]) for name in lots[0]}
         total = torch.zeros(samples.clients, dtype=torch.float64)
         return {name: total.index_add(0, owner, v.double().cpu()) / counts for name, v in each.items()}

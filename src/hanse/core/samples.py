@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hanse.core.streams import MASK, Streams
 
-
 Order = NDArray[np.int64]
 
 
@@ -132,9 +131,7 @@ class Plan:
             x, y = samples.take(torch.from_numpy(where + first[:active, None]))
             yield active, Batch(x, y, weight, ids[:active], round, k)
 
-    def _order(
-        self, order: Order | None, counts: Order, passes: Order, ids: Tensor, streams: Streams, round: int, k: int
-    ) -> Order:
+    def _order(self, order: Order | None, counts: Order, passes: Order, ids: Tensor, streams: Streams, round: int, k: int) -> Order:
         """``[C, max count]``: the order of each client's samples, drawn anew for the clients that begin a pass at step ``k``."""
         due = k % passes == 0
         if order is not None and not due.any():

@@ -62,7 +62,9 @@ class ClientState:
             start = self.initial.get(name)
             if bool(fresh.all()):
                 shape = (len(ids), self.widths[name])
-                found[name] = torch.zeros(shape, dtype=self.dtype, device=self.device) if start is None else start.expand(shape).clone()
+                found[name] = (
+                    torch.zeros(shape, dtype=self.dtype, device=self.device) if start is None else start.expand(shape).clone()
+                )
                 continue
             found[name] = rows[slots.clamp(min=0)].to(self.device)
             if bool(fresh.any()):

@@ -59,7 +59,7 @@ def reading(name: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{name}: cannot be read: {error or type(error).__name__}") from None
+        raise DataError(f"{name}: cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def content(file: Path) -> bytes:
@@ -90,8 +90,8 @@ class Pictures(NamedTuple):
 
     def real(self, scale: float) -> Tensor:
         """float32 pictures, integers divided by ``scale``."""
-        x = torch.from_numpy(np.ascontiguousarray(self.x)).float()
-        return x if np.issubdtype(self.x.dtype, np.floating) else x.div_(scale)
+        x = torch.from_numpy(np.array(self.x, np.float32, order="C"))
+        return x if self.x.dtype.kind == "f" else x.div_(scale)
 
     def dataset(self, test: Pictures | None, streams: Streams) -> Dataset:
         """A task's data; without ``test`` a fifth at random is held out."""
@@ -117,13 +117,13 @@ class Pictures(NamedTuple):
 
 def pictures(where: str, x: Array, y: Array, owner: Array | None) -> Pictures:
     """Check arrays and bring pictures into the order ``[N, C, H, W]``; ``where`` names the source in errors."""
-    if x.ndim not in (2, 3, 4) or not np.issubdtype(x.dtype, np.number) or not len(x):
+    if x.ndim not in (2, 3, 4) or x.dtype.kind not in "uif" or not len(x):
         raise DataError(
             f"{where}: pictures of type {x.dtype} and shape {x.shape} are not allowed: numbers [N, F], [N, H, W] or [N, H, W, C]"
         )
-    if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise DataError(f"{where}: a pixel is not finite")
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+    if y.shape != (len(x),) or y.dtype.kind not in "ui":
         raise DataError(f"{where}: labels of type {y.dtype} and shape {y.shape} are not allowed: {len(x)} whole numbers")
     if y.min() < 0:
         raise DataError(f"{where}: label {y.min()} in row {y.argmin()} is not allowed: 0 or more")
@@ -182,7 +182,8 @@ class images(Task):
             return _read_npz(found, self.pixels, self.label, self.owner)
         if self.owner is not None:
             raise ConfigError(f"images.owner: {self.owner!r} is not allowed: an idx file has no owners")
-        return _read_idx_pair(found, find(path.replace("images-idx3", "labels-idx1")))
+        labels = Path(path).name.replace("images", "labels").replace("idx3", "idx1")
+        return _read_idx_pair(found, find(str(Path(path).with_name(labels))))
 
     def data(self, streams: Streams) -> Dataset:
         train = self._read(self.path)
@@ -194,6 +195,8 @@ class images(Task):
 
 @lru_cache(maxsize=2)
 def _read_npz(found: Found, pixels: str, label: str, owner: str | None) -> Pictures:
+    if not zipfile.is_zipfile(found.file):
+        raise DataError(f"{found.file}: not an .npz archive, or cut short")
     with reading(found.file), np.load(found.file, allow_pickle=False) as arrays:
         for field, name in (("pixels", pixels), ("label", label), ("owner", owner)):
             if name is not None and name not in arrays:

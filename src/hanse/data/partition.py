@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from hanse.core.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ COUNTED_CLIENTS = 10_000
 
 
 class Partition(Part):
-    """Base of all partitions. A positional value goes to a partition's own fields first: ``dirichlet(0.3)`` is its alpha."""
+    """Base of all partitions."""
 
     kind: ClassVar[str] = "partition"
     abstract: ClassVar[bool] = True
@@ -38,12 +38,6 @@ class Partition(Part):
     """Share of each client's samples held out for its own test part (rounded; at least one sample is left to train on)."""
     newcomers: NonNegativeInt = 0
     """Further clients, split off like the others, that take no part in training."""
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        fields = cls.model_fields
-        for name in Partition.model_fields:
-            fields[name] = fields.pop(name)
 
     def deal(self, data: Dataset, clients: int, streams: Streams) -> tuple[Tensor, Tensor]:
         """Rows of ``data`` in client order, int64 ``[M]``, in random order within a client, and the size of each, ``[clients]``."""
@@ -123,7 +117,7 @@ class iid(Partition):
 class quantity(Partition):
     """Samples dealt out at random in log-normal sizes: every client gets one, the others go by weights ``exp(sigma z_i)``."""
 
-    sigma: NonNegativeFloat = 1.0
+    sigma: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Standard deviation of the logarithm of the weights; 0 makes all clients equal."""
 
     def deal(self, data: Dataset, clients: int, streams: Streams) -> tuple[Tensor, Tensor]:
@@ -143,7 +137,7 @@ class dirichlet(Partition):
     samples of the largest clients, which are cut down to a common level no lower than it.
     """
 
-    alpha: PositiveFloat = 0.3
+    alpha: Annotated[float, Field(gt=0, le=1e9)] = 0.3
     """Concentration: small values give each client few classes, large values approach ``iid``."""
     min_samples: PositiveInt = 1
     """Samples that every client has at least, its test part included."""
@@ -237,7 +231,7 @@ class feature_shift(iid):
     The last two grow evenly to ``strength`` in the last domain."""
     domains: PositiveInt = 4
     """Number of domains; at most 4 for rotate."""
-    strength: PositiveFloat = 0.5
+    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
     """Standard deviation of the noise, or share of contrast lost, in the last domain."""
 
     def domain(self, clients: Tensor) -> Tensor:

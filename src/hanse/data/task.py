@@ -34,13 +34,15 @@ class Dataset:
     owner_names: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise ``DataError`` where lengths differ or a group has no name."""
+        """Raise ``DataError`` where lengths differ, a group has no name or an owner is negative."""
         for field, values in (("y", self.y), ("group", self.group), ("owner", self.group if self.owner is None else self.owner)):
             if len(values) != len(self.x):
                 raise DataError(f"{field}: {len(values)} entries do not fit {len(self.x)} samples")
         wrong = self.group[(self.group < 0) | (self.group >= len(self.names))]
         if len(wrong):
             raise DataError(f"label {int(wrong[0])} is not allowed: 0 to {len(self.names) - 1}")
+        if self.owner is not None and len(self.owner) and int(self.owner.min()) < 0:
+            raise DataError(f"owner {int(self.owner.min())} is not allowed: 0 or more")
 
 
 @dataclass(frozen=True)

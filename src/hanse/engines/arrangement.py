@@ -25,6 +25,10 @@ BATCH_BYTES = 4 << 20
 """Weights of one batch of clients should stay within a core's share of the cache."""
 
 
+LONG = 0.05
+"""Seconds from which a trial counts as arithmetic rather than overhead."""
+
+
 class Arrangement(NamedTuple):
     """A gradient path, clients per batch, batches at a time, threads inside one operation."""
 
@@ -33,25 +37,19 @@ class Arrangement(NamedTuple):
     workers: int
     threads: int
 
-    def __str__(self) -> str:
-        return f"{self.path}, {self.chunk} clients a batch, {self.workers} x {self.threads} threads"
-
 
 def candidates(net: LocalNetwork, cohort: int) -> list[Arrangement]:
-    """What is worth timing, the likely fastest first."""
+    """What is worth timing."""
     cores, engine = os.cpu_count() or 1, net.engine
+    fixed = {k: v for k, v in engine if k in Arrangement._fields and v is not None}
     row = net.problem.layout.size * net.problem.start.element_size()
     fitting = min(cohort, max(1, BATCH_BYTES // row))
     found = []
     for path in net.paths:
-        if path == "loop":
-            found += [Arrangement(path, 1, cores, 1), Arrangement(path, cohort, 1, 1)]
-            continue
-        for chunk in sorted({fitting, cohort}):
-            found += [Arrangement(path, chunk, 1, threads) for threads in sorted({1, cores})]
-    wanted = {"path": engine.path, "chunk": engine.chunk, "workers": engine.workers, "threads": engine.threads}
-    fixed = [a._replace(**{k: v for k, v in wanted.items() if v is not None}) for a in found]
-    return list(dict.fromkeys(fixed))[::-1]
+        chunks = {1} if path == "loop" else {fitting, cohort}
+        for chunk in sorted(chunks):
+            found += [Arrangement(path, chunk, 1, 1), Arrangement(path, chunk, 1, cores), Arrangement(path, chunk, cores, 1)]
+    return list(dict.fromkeys(Arrangement(**{**a._asdict(), **fixed}) for a in found if a.path == fixed.get("path", a.path)))
 
 
 def fastest(net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> Arrangement:
@@ -61,23 +59,35 @@ def fastest(net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> 
     if known is not None:
         return known
     options = candidates(net, len(clients))
-    best, choice = float("inf"), options[0]
-    for option in options:
-        some = clients[: max(option.chunk, option.workers)]
-        net.execute(some[: option.workers], work, message, option)  # first calls allocate and compile
-        spent, runs = float("inf"), 0
-        began = time.perf_counter()
-        while runs < 5 and (runs == 0 or time.perf_counter() - began < 0.05):
-            start = time.perf_counter()
-            net.execute(some, work, message, option)
-            spent, runs = min(spent, (time.perf_counter() - start) / len(some)), runs + 1
-            if spent > 4 * best:
-                break
-        if spent < best:
-            best, choice = spent, option
     if len(options) > 1:
-        memory.write(choice)
-    return choice
+        best = min(options, key=_Trial(net, clients, work, message))
+        memory.write(best)
+        return best
+    return options[0]
+
+
+class _Trial:
+    """Seconds per client of an arrangement, on some of the clients; candidates that are hopeless are given up early."""
+
+    def __init__(self, net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> None:
+        self.net, self.clients, self.work, self.message = net, clients, work, message
+        self.best = float("inf")
+
+    def __call__(self, option: Arrangement) -> float:
+        few, many = self.clients[: 2 * option.workers], self.clients[: max(option.chunk, 2 * option.workers)]
+        self._time(few, option)  # first calls allocate and compile
+        spent = self._time(few, option)
+        # Batching makes overhead vanish, not arithmetic: where a few clients take this long, more of them are not much faster each.
+        if spent > LONG and spent / len(few) > 2 * self.best:
+            return float("inf")
+        each = min(self._time(many, option) / len(many) for _ in range(1 if spent > LONG else 5))
+        self.best = min(self.best, each)
+        return each
+
+    def _time(self, clients: Tensor, option: Arrangement) -> float:
+        began = time.perf_counter()
+        self.net.execute(clients, self.work, self.message, option)
+        return time.perf_counter() - began
 
 
 class _Memory:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, Literal, NamedTuple
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import PositiveInt
@@ -62,6 +67,38 @@ class Executed(NamedTuple):
     kept: list[tuple[Tensor, Tensors]]
 
 
+def merged(lanes: list[Executed]) -> Executed:
+    """The workers' results as one, in the order of the workers."""
+    replies = [lane.reply for lane in lanes]
+    sums = replies[0].sums
+    for reply in replies[1:]:
+        for name, total in reply.sums.items():
+            sums[name].add_(total)
+    whole = replace(
+        replies[0],
+        clients=torch.cat([r.clients for r in replies]),
+        weight=torch.cat([r.weight for r in replies]),
+        rows={name: torch.cat([r.rows[name] for r in replies]) for name in replies[0].rows},
+        loss=torch.cat([r.loss for r in replies]),
+    )
+    return Executed(whole, torch.cat([lane.bytes_up for lane in lanes]), [pair for lane in lanes for pair in lane.kept])
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next round.
+
+    By default it returns each to the system at once, which then clears and maps every page again: for vectors of megabytes that
+    takes longer than the arithmetic on them.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            trim_threshold, mmap_max = -1, -4
+            libc.mallopt(trim_threshold, 1 << 30)
+            libc.mallopt(mmap_max, 0)
+
+
 class LocalNetwork:
     """The network of one run: it executes work in batches and keeps virtual time, traffic and what clients remember.
 
@@ -79,6 +116,7 @@ class LocalNetwork:
         rounds: int,
         on_commit: Callable[[LocalNetwork], None],
     ) -> None:
+        keep_freed_memory()
         self.federation, self.method, self.engine, self.codec = federation, method, engine, codec
         self.problem, self.samples, self.clients = federation.problem, federation.split.train, federation.clients
         self.streams = federation.streams if seed == federation.seed else type(federation.streams)(seed)
@@ -99,10 +137,17 @@ class LocalNetwork:
         if self.problem.buffer_layout.size and not self.problem.shares_buffers:
             widths["buffers"], initial["buffers"] = self.problem.buffer_layout.size, self.problem.start_buffers
         self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial)
-        self.work = self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(self.streams, torch.zeros(1).long()) else 0.0
+        self.work = (
+            self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(self.streams, torch.zeros(1).long()) else 0.0
+        )
         self.state: State = {}
         self.stopping = False
         self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def personal(self) -> bool:
+        """Whether clients' models differ in private parameters or statistics."""
+        return "private" in self.kept.widths or "buffers" in self.kept.widths
 
     # ---- what a schedule sees
 
@@ -121,11 +166,14 @@ class LocalNetwork:
         self.cohort = clients
         if self.arrangement is None:
             self.arrangement = fastest(self, clients, work, message)
+            self.engine = local(**{**dict(self.engine), **self.arrangement._asdict()})
         reply, bytes_up, kept = self.execute(clients, work, message, self.arrangement)
         self.loss = float((reply.loss * reply.weight).sum() / reply.weight.sum())
         if not math.isfinite(self.loss):
             bad = int(reply.clients[~torch.isfinite(reply.loss)][0])
-            raise DivergedError(f"training loss of client {bad} in round {self.round} is not finite; lower lr ({self.method.lr}) or set clip")
+            raise DivergedError(
+                f"training loss of client {bad} in round {self.round} is not finite; lower lr ({self.method.lr}) or set clip"
+            )
         for ids, rows in kept:  # only now: a round that fails leaves what clients remember as it was
             self.kept.write(ids, rows)
         self._account(reply.clients, wire_size(message), bytes_up)
@@ -137,7 +185,10 @@ class LocalNetwork:
 
     def snapshot(self) -> Tensors:
         """Everything from which ``restore`` goes on identically, as named tensors."""
-        costs = torch.tensor([self.traffic.seconds], dtype=torch.float64), torch.tensor([self.round, self.traffic.down, self.traffic.up])
+        costs = (
+            torch.tensor([self.traffic.seconds], dtype=torch.float64),
+            torch.tensor([self.round, self.traffic.down, self.traffic.up]),
+        )
         return {
             **{f"state.{n}": t for n, t in self.state.items()},
             **{f"kept.{n}": t for n, t in self.kept.snapshot().items()},
@@ -161,77 +212,85 @@ class LocalNetwork:
     # ---- execution
 
     def execute(self, clients: Tensor, work: str, message: Tensors, how: Arrangement) -> Executed:
-        """Run the clients' work as arranged. Nothing is remembered yet, so it may be repeated."""
+        """Run the clients' work as arranged. Nothing is remembered yet, so it may be repeated.
+
+        Each worker takes every n-th batch and keeps its own sums, so the order of all additions is fixed.
+        """
         steps = self.plan.lengths(self.samples.counts(clients)).numpy()
         if len(steps) and steps.min() < steps.max():
             clients = clients[torch.from_numpy((-steps).argsort(kind="stable"))]  # those still at work are always the first ones
         torch.set_num_threads(how.threads)
-        chunks = clients.split(how.chunk)
-        if how.workers == 1 or len(chunks) == 1:
-            done = (self._chunk(ids, work, message, how) for ids in chunks)
-        else:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
-            done = self._pool.map(lambda ids: self._chunk(ids, work, message, how), chunks)
+        batches = [clients[i : i + how.chunk] for i in range(0, len(clients), how.chunk)]
+        if how.workers == 1 or len(batches) == 1:
+            return self._lane(batches, work, message, how)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
+        lanes = [batches[i :: how.workers] for i in range(min(how.workers, len(batches)))]
+        done = list(self._pool.map(lambda lane: self._lane(lane, work, message, how), lanes))
+        return merged(done)
+
+    def _lane(self, batches: list[Tensor], work: str, message: Tensors, how: Arrangement) -> Executed:
+        """One worker's batches of clients: train, encode, and add up what only sums are needed of."""
+        plain = isinstance(self.codec, identity)
         sums: Tensors = {}
-        rows: dict[str, list[Tensor]] = {}
         uploads: list[Upload] = []
         sizes: list[Tensor] = []
         kept: list[tuple[Tensor, Tensors]] = []
-        for ctx, upload, size in done:  # in the order of the chunks, whichever finished first
-            for name, total in upload.sums.items():
-                sums[name] = sums[name].add_(total) if name in sums else total
-            for name, values in upload.rows.items():
-                rows.setdefault(name, []).append(values)
-            if ctx.state:
-                kept.append((ctx.ids, ctx.state))
+        for ids in batches:
+            state = self.kept.read(ids) if self.kept.widths else {}
+            ctx = Context(
+                problem=self.problem,
+                path=self.paths[how.path],
+                samples=self.samples,
+                streams=self.streams,
+                round=self.round,
+                ids=ids,
+                message=message,
+                state=state,
+                plan=self.plan,
+                lr=self.method.lr.at(self.round),
+                local=self.method.local,
+                totals=sums if plain and self.engine.shortcuts else None,
+            )
+            upload: Upload = getattr(self.method, work)(ctx)
+            sizes.append(self._raw_size(upload) if plain else self._encode(upload))
+            for name, values in upload.sums.items():
+                if values.dim() > 1:
+                    sums[name] = sums[name].addmv_(values.t(), upload.weight) if name in sums else upload.weight @ values
+            upload.sums = {}  # rows of a finished batch need not stay in memory
+            if state:
+                kept.append((ids, state))
             uploads.append(upload)
-            sizes.append(size)
         if len(uploads) == 1:
-            weight, loss, bytes_up = uploads[0].weight, uploads[0].loss, sizes[0]
-        else:
-            weight, loss, bytes_up = torch.cat([u.weight for u in uploads]), torch.cat([u.loss for u in uploads]), torch.cat(sizes)
-        found = {name: torch.cat(values) for name, values in rows.items()}
-        return Executed(Reply(clients, weight, sums, found, loss, self.clients, self.round), bytes_up, kept)
-
-    def _chunk(self, ids: Tensor, work: str, message: Tensors, how: Arrangement) -> tuple[Context, Upload, Tensor]:
-        """One batch of clients: train, encode, and add up what only sums are needed of."""
-        state = self.kept.read(ids) if self.kept.widths else {}
-        plain = isinstance(self.codec, identity)
-        ctx = Context(
-            self.problem,
-            self.paths[how.path],
-            self.samples,
-            self.streams,
-            self.round,
-            ids,
-            message,
-            state,
-            self.plan,
-            self.method.lr.at(self.round),
-            self.method.local,
-            totals=plain and self.engine.shortcuts,
+            last = uploads[0]
+            return Executed(Reply(last.clients, last.weight, sums, last.rows, last.loss, self.clients, self.round), sizes[0], kept)
+        reply = Reply(
+            clients=torch.cat([u.clients for u in uploads]),
+            weight=torch.cat([u.weight for u in uploads]),
+            sums=sums,
+            rows={name: torch.cat([u.rows[name] for u in uploads]) for name in uploads[0].rows},
+            loss=torch.cat([u.loss for u in uploads]),
+            population=self.clients,
+            version=self.round,
         )
-        upload: Upload = getattr(self.method, work)(ctx)
-        return ctx, *self._sent(upload, plain)
+        return Executed(reply, torch.cat(sizes), kept)
 
-    def _sent(self, upload: Upload, plain: bool) -> tuple[Upload, Tensor]:
-        clients = len(upload.clients)
-        scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
-        if plain:
-            one = {n: t if upload.totalled else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
-            sizes = torch.full((clients,), wire_size({**one, **scalars}))
-        else:
-            sizes = torch.zeros(clients, dtype=torch.long)
-            lengths = {}
-            for group in (upload.sums, upload.rows):
-                for name, values in group.items():
-                    group[name], lengths[name] = self.codec.roundtrip(values)
-            for i in range(clients):
-                sizes[i] = framing({n: int(v[i]) for n, v in lengths.items()}) + wire_size(scalars)
-        if not upload.totalled:
-            upload.sums = {n: upload.weight @ t for n, t in upload.sums.items()}
-        return upload, sizes
+    def _raw_size(self, upload: Upload) -> Tensor:
+        """Bytes of every client's message, int64 ``[C]``, as plain tensors."""
+        one = {n: t if t.dim() == 1 else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
+        return torch.full((len(upload.clients),), wire_size({**one, "weight": upload.weight[:1], "loss": upload.loss[:1]}))
+
+    def _encode(self, upload: Upload) -> Tensor:
+        """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``."""
+        lengths: dict[str, list[int]] = {}
+        for group in (upload.sums, upload.rows):
+            for name, values in group.items():
+                group[name], sizes = self.codec.roundtrip(values)
+                lengths[name] = sizes.tolist()
+        scalars = wire_size({"weight": upload.weight[:1], "loss": upload.loss[:1]})
+        return torch.tensor(
+            [framing(dict(zip(lengths, each, strict=True))) + scalars for each in zip(*lengths.values(), strict=True)]
+        )
 
     def _account(self, clients: Tensor, down: int, up: Tensor) -> None:
         seconds, profile = self.traffic.seconds, self.federation.fleet.profile(self.streams, clients)

@@ -6,6 +6,7 @@ All raise ``DataError`` when the runs hold nothing to draw. A method has the sam
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+NARROW, WIDE = 6.4, 12.0
+"""Widths in inches: two narrow pictures go beside each other where one wide one goes."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette ("Color Universal Design", 2008), told apart with any colour vision, without its faint yellow."""
 AXIS_TEXT: dict[Against, str] = {"rounds": "rounds", "bytes": "bytes sent", "seconds": "virtual time"}
@@ -66,14 +69,15 @@ def curves(runs: Sequence[Run], metric: str, against: Against) -> Figure:
     if largest <= 0:
         raise DataError(f"nothing to draw: no {metric_text(metric)} over {against} above zero")
     size, name = unit(against, largest)
-    figure, ax = _figure(6.4, 4.3)
-    lowest, highest = np.inf, -np.inf
+    figure, ax = _figure(NARROW, 4.3)
+    lowest, highest, what = np.inf, -np.inf, "one point a seed"
     for (label, group), style in zip(found.items(), _styles(members), strict=True):
         if not group:
             continue
         x, y = _joined(group)
         # Seeds evaluated once each, at different costs, have nothing in common to average over: they stay points.
         if len(x) > 1:
+            what = _seeds_text(members)
             ax.plot(x / size, y.mean(0), label=label, lw=2, **style)
             if len(group) > 1:
                 ax.fill_between(x / size, y.min(0), y.max(0), color=style["color"], alpha=0.18, lw=0)
@@ -94,7 +98,7 @@ def curves(runs: Sequence[Run], metric: str, against: Against) -> Figure:
     ax.set_xlim(left=0)
     _mark_budget(ax, runs, metric, against, size)
     alone = f"{next(iter(members))}, " if len(members) == 1 else ""
-    _title(figure, ax, f"{metric_text(metric).capitalize()} against {AXIS_TEXT[against]}", alone + _seeds_text(members))
+    _title(figure, ax, f"{metric_text(metric).capitalize()} against {AXIS_TEXT[against]}", alone + what)
     if not alone:
         _legend(figure, ax)
     return figure
@@ -136,19 +140,25 @@ def split(run: Run) -> Figure:
     share = counts / np.maximum(total, 1)[:, None]
     order = np.lexsort((-share.max(1), share.argmax(1)))
     n, k = counts.shape
-    figure, (top, ax) = _figure(10, min(7.0, 2.2 + 0.26 * k), rows=2, height_ratios=(1, 3), sharex=True)
+    figure, (top, ax) = _figure(WIDE, min(7.0, 2.2 + 0.26 * k), rows=2, height_ratios=(1, 3), sharex=True)
     top.bar(np.arange(n), total[order], width=1 if n > NUMBERED_CLIENTS else 0.8, color=FAINT, lw=0)
     top.set_ylabel("samples")
     top.tick_params(bottom=False, labelbottom=False)
     top.grid(axis="x", visible=False)
     blues = LinearSegmentedColormap.from_list("share", ["#ffffff", "#9ecae1", COLOURS[0], "#062f52"])
-    image = ax.imshow(share[order].T, aspect="auto", cmap=blues, vmin=0, vmax=1)
+    image = ax.imshow(share[order].T, aspect="auto", cmap=blues, vmin=0, vmax=share.max())
     ax.grid(visible=False)
     if n * k <= 200:
         for (i, j), number in np.ndenumerate(counts[order].astype(int)):
             if number:
                 ax.text(
-                    i, j, f"{number:,}", ha="center", va="center", fontsize=9, color="white" if share[order][i, j] > 0.45 else INK
+                    i,
+                    j,
+                    f"{number:,}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if share[order][i, j] > 0.45 * share.max() else INK,
                 )
     names = list(run.names) if len(run.names) == k else [str(j) for j in range(k)]
     shown = np.arange(0, k, -(-k // 25))
@@ -178,10 +188,12 @@ def _sizes(run: Run) -> Figure:
     if samples is None or not len(samples):
         raise DataError("nothing to draw: this run does not say who holds how many samples")
     counts = samples.numpy()
-    figure, ax = _figure(6.4, 3.6)
+    figure, ax = _figure(NARROW, 3.6)
     if counts.min() > 0 and counts.max() > 50 * counts.min():
-        ax.set_xscale("log")
-        edges = np.geomspace(counts.min(), counts.max() + 1, 30)
+        # Doublings are the finest bins of equal width on a log axis that hold whole numbers evenly: 1, 2-3, 4-7, ...
+        edges = 2.0 ** np.arange(np.floor(np.log2(counts.min())), np.floor(np.log2(counts.max())) + 2)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(edges, [f"{edge:,g}" for edge in edges])
     else:
         edges = _whole_edges(counts)
     ax.hist(counts, edges, color=COLOURS[0], edgecolor="white", lw=0.5)
@@ -195,7 +207,7 @@ def _whole_edges(counts: NDArray[np.int64], most: int = 30) -> NDArray[np.float6
     """Edges of at most ``most`` equal bins that each hold the same number of whole numbers."""
     low, high = int(counts.min()), int(counts.max())
     width = -(-(high - low + 1) // most)
-    return np.arange(low, high + width + 1, width) - 0.5
+    return np.arange(low, high + width + 1, width, dtype=np.float64) - 0.5
 
 
 def participation(runs: Sequence[Run]) -> Figure:
@@ -219,7 +231,7 @@ def _raster(patterns: dict[tuple[tuple[int, ...], ...], list[str]], clients: int
 
     colours = dict(zip(members, (style["color"] for style in _styles(members)), strict=True))
     height = 0.9 + len(patterns) * min(3.4, max(1.6, 0.5 + 0.05 * clients))
-    figure, axes = _figure(10, height, rows=len(patterns), columns=2, width_ratios=(5, 1), sharey=True)
+    figure, axes = _figure(WIDE, height, rows=len(patterns), columns=2, width_ratios=(5, 1), sharey=True)
     for i, ((pattern, labels), (ax, side)) in enumerate(zip(patterns.items(), np.reshape(axes, (-1, 2)), strict=True)):
         there = np.zeros((clients, len(pattern)))
         for t, cohort in enumerate(pattern):
@@ -263,7 +275,7 @@ def _how_often(members: dict[str, list[Run]]) -> Figure:
     first = next(iter(pooled.values()))
     alike = all(np.array_equal(first, other) for other in pooled.values())
     edges = _whole_edges(np.concatenate(list(pooled.values())))
-    figure, ax = _figure(6.4, 3.6)
+    figure, ax = _figure(NARROW, 3.6)
     for (label, style), found in zip(
         zip(members, _styles(members), strict=True), (pooled.get(label) for label in members), strict=True
     ):
@@ -283,6 +295,7 @@ def _how_often(members: dict[str, list[Run]]) -> Figure:
         ax.set_xticks((edges[1:] + edges[:-1]) / 2)
     who = f"{len(next(g for g in counts.values() if g)[0]):,} clients" + (", all methods" if alike and len(members) > 1 else "")
     _title(figure, ax, "How often clients took part", f"{who}; {_pooled_text(members)}")
+    ax.margins(y=0.1)
     if not alike:
         _legend(figure, ax)
     return figure
@@ -296,11 +309,13 @@ def per_client(runs: Sequence[Run]) -> Figure:
     metric = metric if metric != "loss" else "accuracy"
     lower, members = lower_is_better(metric), groups(runs)
     known = {label: [run for run in group if "accuracy" in run.clients] for label, group in members.items()}
-    scores = {label: np.concatenate([np.zeros(0), *(run.clients["accuracy"].numpy() for run in group)]) for label, group in known.items()}
+    scores = {
+        label: np.concatenate([np.zeros(0), *(run.clients["accuracy"].numpy() for run in group)]) for label, group in known.items()
+    }
     rows = [label for label, found in scores.items() if not np.isnan(found).all()]
     if not rows:
         raise DataError("nothing to draw: no client has test data of its own")
-    figure, (ax, side) = _figure(10, 4.2, columns=2, width_ratios=(1, 1))
+    figure, (ax, side) = _figure(WIDE, 4.2, columns=2, width_ratios=(1, 1))
     for label, style in zip(members, _styles(members), strict=True):
         if label not in rows:
             continue
@@ -312,7 +327,9 @@ def per_client(runs: Sequence[Run]) -> Figure:
         side.plot([worst, mean], [row, row], color=style["color"], lw=2, alpha=0.45, zorder=1)
         for x, marker, outwards in ((worst, "v", 1 if lower else -1), (mean, "o", -1 if lower else 1)):
             side.plot(x, row, marker, color=style["color"], ms=8)
-            text = side.annotate(value_text(metric, x), (x, row), (8 * outwards, 0), textcoords="offset points", fontsize=9, color=INK)
+            text = side.annotate(
+                value_text(metric, x), (x, row), (8 * outwards, 0), textcoords="offset points", fontsize=9, color=INK
+            )
             text.set(ha="left" if outwards > 0 else "right", va="center")
     name = metric_text(metric).removeprefix("client ")
     if is_share(metric):
@@ -330,7 +347,7 @@ def per_client(runs: Sequence[Run]) -> Figure:
     ax.set_xlabel("clients, from worst to best")
     ax.set_ylabel(f"client's {name}")
     side.set_xlabel(name)
-    side.set_yticks(range(len(rows)), rows)
+    side.set_yticks(range(len(rows)), [textwrap.fill(label, 24) for label in rows])
     for tick, label in zip(side.get_yticklabels(), rows, strict=True):
         tick.set(color=_styles(members)[list(members).index(label)]["color"], weight="bold")
     side.set_ylim(len(rows) - 0.4, -0.6)
@@ -344,12 +361,10 @@ def per_client(runs: Sequence[Run]) -> Figure:
 def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
     """Every picture that these runs give, by file name without its ending."""
     metric = headline(runs)
-    worst = next((m for m in metrics(runs) if m.endswith("_worst10")), None)
+    others = ["loss", *(m for m in metrics(runs) if m.endswith(("test_loss", "_worst10")))]
     axes: tuple[Against, ...] = ("rounds", "bytes", "seconds")
     draw: dict[str, Callable[[], Figure]] = {f"{metric}-{against}": partial(curves, runs, metric, against) for against in axes}
-    draw["loss-rounds"] = partial(curves, runs, "loss", "rounds")
-    if worst is not None:
-        draw[f"{worst}-rounds"] = partial(curves, runs, worst, "rounds")
+    draw |= {f"{other}-rounds": partial(curves, runs, other, "rounds") for other in others}
     draw |= {"clients": partial(per_client, runs), "split": partial(split, runs[0]), "participation": partial(participation, runs)}
     drawn = {}
     for name, picture in draw.items():

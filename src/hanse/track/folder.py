@@ -24,22 +24,27 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, about: dict[str, Any]) -> None:
-        """Start an empty run folder; an earlier run there is replaced."""
+    def write(self, run: Run) -> None:
+        """A whole run at once; an earlier run in the folder is replaced."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in (HISTORY, CHECKPOINT, CLIENTS):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
-        self.describe(about)
+        self.describe(run)
+        self._replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in run.history))
+        if run.clients:
+            self.save(run.clients, CLIENTS)
+        if run.weights:
+            self.save({f"weights.{n}": t for n, t in run.weights.items()})
 
-    def describe(self, about: dict[str, Any]) -> None:
+    def describe(self, run: Run) -> None:
         """Replace ``run.json``."""
+        about = {"method": run.method, "seed": run.seed, "settings": run.settings, "names": run.names, "notes": run.notes}
         self._replace(SETTINGS, json.dumps(about, indent=1).encode())
 
-    def about(self) -> dict[str, Any]:
-        """Contents of ``run.json``."""
+    def _about(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
             return found
@@ -91,10 +96,17 @@ class Folder:
 
     def read(self) -> Run:
         """The run as far as it got."""
-        about, clients, saved = self.about(), self.load(CLIENTS) or {}, self.load() or {}
+        about, clients, saved = self._about(), self.load(CLIENTS) or {}, self.load() or {}
         weights = {n.removeprefix("weights."): t for n, t in saved.items() if n.startswith("weights.")}
         return Run(
-            about["method"], about["seed"], about["settings"], self.history(), weights, clients, tuple(about["names"]), about["notes"]
+            method=about["method"],
+            seed=about["seed"],
+            settings=about["settings"],
+            history=self.history(),
+            weights=weights,
+            clients=clients,
+            names=tuple(about["names"]),
+            notes=about["notes"],
         )
 
     def _replace(self, name: str, data: bytes) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Record(TypedDict):
@@ -38,3 +42,18 @@ class Run:
     clients: dict[str, Tensor] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
+
+    def plot(self, metric: str = "accuracy", against: Literal["rounds", "bytes", "seconds"] = "rounds") -> Figure:
+        """The curve of a metric against rounds, bytes or virtual seconds, as a matplotlib figure."""
+        from hanse.track.figures import curves
+
+        return curves([self], metric, against)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the run as a run folder and a report; returns the report's path."""
+        from hanse.track.folder import Folder
+        from hanse.track.report import write_report
+
+        path = Path(folder)
+        Folder(path).write(self)
+        return write_report([self], path, f"{self.method} on {self.settings.get('task', 'a task')}")

@@ -30,7 +30,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
         rivals = [_but_seed(other[0]) for other in alike.values() if other[0].method == run.method]
         own = [key for key in dict.fromkeys(k for r in rivals for k in r) if len({r.get(key) for r in rivals}) > 1]
         head = run.settings.get("method", run.method) if "method" in own else run.method
-        labelled[", ".join([head, *(f"{k} {run.settings.get(k, '-')}" for k in own if k != "method")])] = members
+        labelled[" ".join([head, *(f"{k}={run.settings.get(k, '-')}" for k in own if k != "method")])] = members
     return labelled
 
 
@@ -127,6 +127,12 @@ def _mean_or_none(values: Sequence[float]) -> float | None:
     return _mean(values) if values else None
 
 
+def last_value(run: Run, metric: str) -> float:
+    """What the last evaluation found, NaN included: a run that ended in NaN has no final value."""
+    found = (value(r, metric) for r in reversed(run.history) if metric == "loss" or metric in r["metrics"])
+    return next(found, math.nan)
+
+
 def worst_clients(run: Run, lower: bool) -> float:
     """Mean over the worst 10 % of clients on their own test data, NaN without any."""
     scores = run.clients.get("accuracy")
@@ -135,38 +141,35 @@ def worst_clients(run: Run, lower: bool) -> float:
     return -worst_share(-scores) if lower else worst_share(scores)
 
 
+def finals(runs: Sequence[Run], metric: str) -> dict[str, list[float]]:
+    """What each method's seeds ended with, as far as it is finite."""
+    return {label: [v for run in members if math.isfinite(v := last_value(run, metric))] for label, members in groups(runs).items()}
+
+
 def target(runs: Sequence[Run], metric: str) -> float | None:
-    """90 % of the best method's final value; for a loss, 90 % of the way from the first value (all runs' mean) down to it."""
-    curves = {label: [series(run, metric, "rounds")[1] for run in members] for label, members in groups(runs).items()}
-    curves = {label: found for label, found in curves.items() if all(len(y) for y in found)}
-    if not curves:
+    """90 % of the best method's final value; for a loss, 90 % of the way from the first value (mean of all runs) down to it."""
+    means = [_mean(found) for found in finals(runs, metric).values() if found]
+    if not means:
         return None
-    finals = [_mean([y[-1] for y in found]) for found in curves.values()]
     if lower_is_better(metric):
-        first = _mean([y[0] for found in curves.values() for y in found])
-        return first + TARGET_SHARE * (min(finals) - first)
-    return TARGET_SHARE * max(finals)
+        first = _mean([y[0] for run in runs if len(y := series(run, metric, "rounds")[1])])
+        return first + TARGET_SHARE * (min(means) - first)
+    return TARGET_SHARE * max(means)
 
 
 def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row a method, means over its seeds; plain numbers, None where there is nothing to say.
 
     ``metric`` names the headline; ``final``, ``std`` (n - 1) and ``best`` are values of it, over the ``scored`` seeds that ended
-    with a finite one. ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target`` are means if all seeds got there (``reached``
-    counts those that did). ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run.
+    with a finite one. ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target`` are means if all seeds got there, and
+    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run.
     """
     metric = headline(runs)
     lower, goal = lower_is_better(metric), target(runs, metric)
     rows = []
-    for label, members in groups(runs).items():
+    for (label, members), ended_with in zip(groups(runs).items(), finals(runs, metric).values(), strict=True):
         evaluated = [[v for record in run.history if not math.isnan(v := value(record, metric))] for run in members]
         ended = [run.history[-1] for run in members if run.history]
-        # A run that ends in NaN has no final value: its last evaluation counts, not its last finite one.
-        last = [
-            next((value(r, metric) for r in reversed(run.history) if metric == "loss" or metric in r["metrics"]), math.nan)
-            for run in members
-        ]
-        finals = [v for v in last if math.isfinite(v)]
         hits = [
             next((r for r in run.history if goal is not None and _good(value(r, metric), goal, lower)), None) for run in members
         ]
@@ -177,10 +180,10 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
             {
                 "method": label,
                 "seeds": len(members),
-                "scored": len(finals),
+                "scored": len(ended_with),
                 "metric": metric,
-                "final": _mean_or_none(finals),
-                "std": std(finals),
+                "final": _mean_or_none(ended_with),
+                "std": std(ended_with),
                 "best": _mean_or_none([(min if lower else max)(found) for found in evaluated if found]),
                 "target": goal,
                 "reached": len(there),
@@ -253,42 +256,62 @@ def verdict(runs: Sequence[Run]) -> str:
     """One sentence: who is ahead at equal rounds, equal bytes and equal virtual time; differences within the spread are ties."""
     metric, rows = headline(runs), summary_table(runs)
     if len(rows) == 1:
-        row = rows[0]
-        spent = (
-            [f"{cost_text('rounds', row['rounds'])} rounds", cost_text("bytes", row["bytes_up"] + row["bytes_down"])]
-            if row["rounds"]
-            else []
-        )
-        spent += [f"{cost_text('seconds', row['seconds'])} of virtual time"] if row["seconds"] else []
-        over = f" (mean of {row['scored']} seeds)" if row["scored"] > 1 else ""
-        if row["final"] is None:
-            return f"{row['method']} ended without a value to judge it by."
-        return f"{row['method']} ends at {metric_text(metric)} {value_text(metric, row['final'], row['std'])}{over} after {and_text(spent)}."
+        return _outcome(rows[0])
+    names: dict[Against, str] = {"rounds": "equal rounds", "bytes": "equal bytes"}
+    if any(row["seconds"] for row in rows):
+        names["seconds"] = "equal virtual time"
     clauses = []
-    names: dict[Against, str] = {"rounds": "equal rounds", "bytes": "equal bytes", "seconds": "equal virtual time"}
     for against, name in names.items():
         try:
             found = compare(runs, metric, against)
         except DataError:
-            if against != "seconds" or any(row["seconds"] for row in rows):
-                clauses.append(f"at {name} fewer than two methods can be compared")
+            clauses.append(f"at {name} fewer than two methods can be compared")
             continue
-        shown = [value_text(metric, _mean(found.values[label]), std(found.values[label])) for label in found.ahead]
-        where = f"at {name} ({cost_text(against, found.budget)})"
+        shown = {label: value_text(metric, _mean(values), std(values)) for label, values in found.values.items()}
+        absent = [row["method"] for row in rows if row["method"] not in found.values]
+        without = f"; no value by then for {and_text(absent)}" if absent else ""
+        where = f"at {name} ({cost_text(against, found.budget)}{without})"
         if len(found.ahead) > 1:
-            clauses.append(f"{where} {and_text(found.ahead)} tie ({', '.join(shown)})")
+            clauses.append(f"{where} {and_text(found.ahead)} tie ({', '.join(shown[label] for label in found.ahead)})")
         else:
-            rest = [label for label in found.values if label != found.ahead[0]]
-            second = leaders({label: found.values[label] for label in rest}, lower_is_better(metric))[0]
-            runner_up = value_text(metric, _mean(found.values[second]))
-            clauses.append(f"{where} {found.ahead[0]} is ahead with {shown[0]} (then {second}, {runner_up})")
-    return f"Judged by {metric_text(metric)}: {'; '.join(clauses)}."
+            rest = {label: values for label, values in found.values.items() if label not in found.ahead}
+            second = leaders(rest, lower_is_better(metric))[0]
+            clauses.append(f"{where} {found.ahead[0]} is ahead with {shown[found.ahead[0]]} (then {second}, {shown[second]})")
+    doubt = " (one seed each, so the spread is unknown)" if all(row["seeds"] == 1 for row in rows) else ""
+    return f"Judged by {metric_text(metric)}{doubt}: {'; '.join(clauses)}."
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if row["final"] is None:
+        return f"{row['method']} ended without a value to judge it by."
+    spent = [
+        f"{cost_text('rounds', row['rounds'])} round{'s' * (row['rounds'] != 1)}",
+        cost_text("bytes", row["bytes_up"] + row["bytes_down"]),
+    ]
+    if row["seconds"]:
+        spent.append(f"{cost_text('seconds', row['seconds'])} of virtual time")
+    over = f" (mean of {row['scored']} seeds)" if row["scored"] > 1 else ""
+    ended = value_text(row["metric"], row["final"], row["std"])
+    return f"{row['method']} ends at {metric_text(row['metric'])} {ended}{over} after {and_text(spent)}."
+
+
+def doubts(runs: Sequence[Run]) -> list[str]:
+    """What keeps the numbers from being taken at face value: runs that stopped early or ended in a value that is not finite."""
+    metric, found = headline(runs), []
+    for label, members in groups(runs).items():
+        for run in members:
+            done, planned = len(run.history), int(run.settings.get("rounds", len(run.history)))
+            if done < planned:
+                found.append(f"{label}, seed {run.seed}, stopped after {done:,} of {planned:,} rounds.")
+            if done and not math.isfinite(last_value(run, metric)):
+                found.append(f"{label}, seed {run.seed}, ended without a finite {metric_text(metric)}.")
+    return found
 
 
 def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """``summary_table`` for people: headers, and one row of cells a method; one unit a column."""
     rows, metric = summary_table(runs), headline(runs)
-    goal = value_text(metric, rows[0]["target"])
+    goal = "target" if rows[0]["target"] is None else value_text(metric, rows[0]["target"])
     axes: list[Against] = ["rounds", "bytes", "seconds"] if any(row["seconds"] for row in rows) else ["rounds", "bytes"]
     totals: dict[str, tuple[str, Against]] = {"bytes up": ("bytes_up", "bytes"), "bytes down": ("bytes_down", "bytes")}
     if "seconds" in axes:
@@ -300,7 +323,10 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         partly = f" ({row['scored']} of {row['seeds']} seeds)" if 0 < row["scored"] < row["seeds"] else ""
         final = value_text(metric, row["final"], row["std"]) + partly
         # A mean over the seeds that got there would flatter a method that often does not.
-        to = [_cell(rows, f"{a}_to_target", a, row) if row["rounds_to_target"] else f"{row['reached']} of {row['seeds']} seeds" for a in axes]
+        to = [
+            _cell(rows, f"{a}_to_target", a, row) if row["rounds_to_target"] else f"{row['reached']} of {row['seeds']} seeds"
+            for a in axes
+        ]
         spent = [_cell(rows, key, against, row) for key, against in totals.values()]
         worst = value_text("accuracy" if metric == "loss" else metric, row["worst10"])
         cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst])

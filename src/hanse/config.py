@@ -1,0 +1,139 @@
+"""The settings of a run: one schema for the TOML file, the command line and the Python call.
+
+Parts are held as text (``"dirichlet(0.3)"``) and built on demand, so that reading settings does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from hanse.core.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from hanse.codecs import Codec
+    from hanse.engines.local import local
+    from hanse.federation import Federation
+    from hanse.methods import Method
+    from hanse.schedules import Schedule
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _names(value: Any) -> Any:
+    return [name for name in value.replace(",", " ").split() if name] if isinstance(value, str) else _several(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
+class Settings(BaseModel):
+    """Everything that decides what a run does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    task: str = "digits"
+    """Data, model, loss and metrics."""
+    clients: PositiveInt = 100
+    """Number of registered clients."""
+    partition: str = "iid"
+    """How the data are split over the clients, e.g. dirichlet(0.3)."""
+    fleet: str = "ideal"
+    """Devices and links in virtual time, e.g. phones."""
+    method: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)] = ("FedAvg",)
+    """Learning rule, e.g. FedProx(mu=0.1); several are run one after another and compared."""
+    schedule: str = "synchronous"
+    """When who talks to whom, e.g. synchronous(cohort=10)."""
+    cohort: PositiveInt | None = None
+    """Clients per round; overrides the schedule's own."""
+    codec: str = "identity"
+    """How much travels from the clients, e.g. topk(0.1)."""
+    engine: str = "local"
+    """Where it runs, e.g. local(path="loop", workers=2)."""
+    rounds: PositiveInt = 100
+    """Rounds to run."""
+    seed: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_names), Field(min_length=1)] = (0,)
+    """Seed of everything random; with several, results are averaged."""
+    split_seed: NonNegativeInt | None = None
+    """Seed of data split, initial weights and fleet, if they are to stay the same for all seeds."""
+    evaluate: NonNegativeInt = 1
+    """Evaluate every so many rounds; 0: only after the last."""
+    private: Names = ()
+    """Parameters that stay on the client: name patterns (head.*) or module types (BatchNorm2d)."""
+    frozen: Names = ()
+    """Parameters that are not trained: name patterns or module types."""
+    buffers: Literal["average", "private"] = "average"
+    """Batch-norm statistics: averaged like the model, or private to each client."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the weights."""
+    device: str = "cpu"
+    """Where the arithmetic happens: cpu, cuda, cuda:1, ..."""
+    track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_names)] = ()
+    """Also write every round to these trackers."""
+
+    @classmethod
+    def read(cls, file: Path | None, given: Mapping[str, Any]) -> Settings:
+        """Settings from a TOML file, overridden by what is ``given``; raises ``ConfigError`` that names the field."""
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                values = tomllib.loads(file.read_text())
+            except OSError as error:
+                raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{file}: not a TOML file: {error}") from None
+        values |= given
+        for name in values:
+            if name not in cls.model_fields:
+                raise unknown("setting", name, cls.model_fields)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise ConfigError(f"{where}: {first['input']!r} is not allowed: {first['msg']}") from None
+
+    def toml(self) -> str:
+        """The settings as a TOML file."""
+        values = self.model_dump(exclude_none=True)  # JSON strings, numbers and lists are TOML values too
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+    def federation(self, seed: int) -> Federation:
+        """The federation of one seed."""
+        from hanse.data import Partition, Task
+        from hanse.federation import Federation
+        from hanse.fleet import Fleet
+
+        return Federation(
+            Task.parse(self.task),
+            self.clients,
+            Partition.parse(self.partition),
+            Fleet.parse(self.fleet),
+            seed=seed if self.split_seed is None else self.split_seed,
+            private=self.private,
+            frozen=self.frozen,
+            buffers=self.buffers,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def parts(self) -> tuple[list[Method], Schedule, Codec, local]:
+        """The rules, the schedule, the codec and the engine; raises ``ConfigError`` on the first that is wrong."""
+        from hanse.codecs import Codec
+        from hanse.engines import local
+        from hanse.methods import Method
+        from hanse.schedules import Schedule
+
+        schedule = Schedule.parse(self.schedule)
+        if self.cohort is not None:
+            if "cohort" not in type(schedule).model_fields:
+                raise ConfigError(f"cohort: {self.cohort} is not allowed: {schedule} has no cohort")
+            schedule = type(schedule)(**{**dict(schedule), "cohort": self.cohort})
+        return [Method.parse(m) for m in self.method], schedule, Codec.parse(self.codec), local.parse(self.engine)
