@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hanse.core.errors import CheckpointError, CodecError, ConfigError, DataError, DivergedError, HanseError
     from hanse.data import tasks
     from hanse.data.partition import dirichlet, feature_shift, iid, natural, quantity, shards
-    from hanse.experiment import run
+    from hanse.experiment import resume, run
     from hanse.federation import Federation
     from hanse.track.run import Run
 
@@ -30,7 +30,7 @@ _HOME = {
     **dict.fromkeys(("CheckpointError", "CodecError", "ConfigError", "DataError", "DivergedError", "HanseError"), "core.errors"),
     "tasks": "data",
     **dict.fromkeys(("dirichlet", "feature_shift", "iid", "natural", "quantity", "shards"), "data.partition"),
-    "run": "experiment",
+    **dict.fromkeys(("resume", "run"), "experiment"),
     "Federation": "federation",
     "Run": "track.run",
 }

@@ -148,6 +148,8 @@ def run(
         **federation.settings(), "method": method.full(), "schedule": schedule.full(), "codec": codec.full(), "engine": engine.full(),
         "rounds": str(rounds), "seed": str(seed), "evaluate": str(evaluate),
     }  # fmt: skip
+    if seed != federation.seed:
+        settings["split_seed"] = str(federation.seed)
     result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)
     recorder = Recorder(result, rounds, evaluate, folder, writers)
     if folder is not None and resume:

@@ -45,13 +45,12 @@ class Federation:
         self.streams = Streams(seed)
 
     def settings(self) -> dict[str, str]:
-        """What was asked for, as text from which ``Settings`` builds the same federation."""
+        """What was asked for, as text from which ``Settings`` builds the same federation (but for the seed)."""
         return {
             "task": self.task.full(),
             "clients": str(self.clients),
             "partition": self.partition.full(),
             "fleet": self.fleet.full(),
-            "split_seed": str(self.seed),
             "private": " ".join(self.private),
             "frozen": " ".join(self.frozen),
             "buffers": self.buffers,

@@ -49,6 +49,10 @@ class Schedule(Part):
     kind: ClassVar[str] = "schedule"
     abstract: ClassVar[bool] = True
 
+    def expected_cohort(self) -> int:
+        """Clients at work at a time, for estimates made before a run."""
+        raise TypeError(f"{type(self).__name__} does not define expected_cohort")
+
     async def run(self, net: Network, method: Method) -> None:
         """The whole conversation."""
         raise TypeError(f"{type(self).__name__} does not define run")

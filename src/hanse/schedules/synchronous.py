@@ -21,6 +21,9 @@ class synchronous(Schedule):
     draw: Literal["fixed", "bernoulli"] = "fixed"
     """fixed: exactly ``cohort`` clients; bernoulli: each client on its own with probability cohort / clients."""
 
+    def expected_cohort(self) -> int:
+        return self.cohort
+
     async def run(self, net: Network, method: Method) -> None:
         if self.cohort > net.clients:
             raise ConfigError(f"synchronous.cohort: {self.cohort} is not allowed: at most the number of clients, {net.clients}")

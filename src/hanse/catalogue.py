@@ -1,0 +1,39 @@
+"""What there is to choose from, with parameters, as plain data."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from hanse import aggregators, codecs, data, engines, fleet, methods, schedules
+from hanse.core.optim import Optimizer, Rate
+from hanse.core.part import Part
+
+KINDS: dict[str, type[Part]] = {
+    "methods": methods.Method,
+    "schedules": schedules.Schedule,
+    "codecs": codecs.Codec,
+    "aggregators": aggregators.Aggregator,
+    "tasks": data.Task,
+    "partitions": data.Partition,
+    "fleets": fleet.Fleet,
+    "engines": engines.Engine,
+    "optimizers": Optimizer,
+    "rates": Rate,
+}
+
+
+def catalogue(kind: str) -> list[dict[str, Any]]:
+    """Name, first line of the docstring and fields of every part of a kind."""
+    return [
+        {"name": name, "text": (inspect.getdoc(part) or "").split("\n")[0], "fields": fields(part)}
+        for name, part in KINDS[kind].registry().items()
+    ]
+
+
+def fields(part: type[Part]) -> list[dict[str, str]]:
+    """Name, default and meaning of every field."""
+    return [
+        {"name": name, "default": str(f.get_default(call_default_factory=True)), "text": " ".join((f.description or "").split())}
+        for name, f in part.model_fields.items()
+    ]

@@ -1,0 +1,206 @@
+"""The command line. Only light modules are imported here; torch comes with the commands that need it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hanse.core.errors import ConfigError, HanseError, unknown
+
+if TYPE_CHECKING:
+    from hanse.track.run import Run
+
+app = typer.Typer(
+    name="hanse",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train, fine-tune and compare models together, across machines that cannot share their data.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout; progress goes to stderr.")]
+
+
+def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` one option for every field of ``Settings``, collected into its ``given`` argument."""
+    from hanse.config import Settings
+
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+    options = []
+    for name, field in Settings.model_fields.items():
+        shown = field.default if not isinstance(field.default, tuple) else ", ".join(map(str, field.default))
+        text = f"{field.description} [{shown}]" if shown not in (None, "") else field.description
+        flag = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, metavar=name.upper())
+        kind = list[str] if name == "method" else str
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]))
+
+    def wrapped(**values: Any) -> None:
+        given = {o.name: values.pop(o.name) for o in options}
+        command(**values, given={name: value for name, value in given.items() if value})
+
+    wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+def run(
+    given: dict[str, Any],
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="Settings; flags override them.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [runs/ and the file's name]", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time, bytes and memory.")] = False,
+    json_: Json = False,
+) -> None:
+    """Run one or several rules on a federation and write a report.
+
+    Parts take parameters in brackets, as in --partition 'dirichlet(0.3)'; 'hanse list KIND' shows what there is.
+    """
+    from hanse.config import Settings
+    from hanse.study import Study
+
+    settings = Settings.read(file, given)
+    folder = out or Path("runs") / (file.stem if file else "run")
+    study = Study(settings, folder)
+    if dry_run:
+        estimate = study.estimate()
+        typer.echo(json.dumps(asdict(estimate)) if json_ else study.describe(estimate))
+        return
+    _finish(study, resume=False, as_json=json_)
+
+
+def resume(folder: Annotated[Path, typer.Argument(help="A run folder.")], json_: Json = False) -> None:
+    """Go on with a run that was stopped or killed, to the identical result."""
+    from hanse.study import Study
+
+    _finish(Study.open(folder), resume=True, as_json=json_)
+
+
+def _finish(study: Any, resume: bool, as_json: bool) -> None:
+    signal.signal(signal.SIGINT, study.interrupt)
+    runs = study.run(resume=resume)
+    if study.stopped:
+        typer.echo(f"stopped, state saved; go on with: hanse resume {study.folder}", err=True)
+        raise typer.Exit(130)
+    report = study.report(runs)
+    _show(runs, as_json)
+    typer.echo(f"report: {report}", err=True)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders to compare.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it [the first folder]", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """Compare finished runs: a table and report.html."""
+    from hanse.study import runs_in
+    from hanse.track.report import write_report
+
+    runs = [run for folder in folders for run in runs_in(folder)]
+    path = write_report(runs, out or folders[0], ", ".join(f.name for f in folders))
+    _show(runs, json_)
+    typer.echo(f"report: {path}", err=True)
+
+
+def _show(runs: list[Run], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hanse.track.summary import summary_table, table_text, verdict
+
+    if as_json:
+        typer.echo(json.dumps(summary_table(runs)))
+        return
+    headers, rows = table_text(runs)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, label in enumerate([headers[0], *(row[0] for row in rows)]):  # a column a rule: many measures, few rules
+        table.add_column(label, justify="left" if i == 0 else "right")
+    for measure, *values in zip(headers[1:], *(row[1:] for row in rows), strict=True):
+        table.add_row(measure, *values)
+    console = Console()
+    console.print(table)
+    console.print(verdict(runs))
+
+
+KINDS = ("methods", "schedules", "codecs", "aggregators", "tasks", "partitions", "fleets", "optimizers", "rates", "engines", "systems")
+
+
+def list_(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))], json_: Json = False) -> None:
+    """What there is: methods, schedules, codecs, tasks, ... with their parameters, or the published systems."""
+    from hanse.catalogue import catalogue
+    from hanse.systems import SYSTEMS
+
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    if kind == "systems":
+        rows = [asdict(system) for system in SYSTEMS]
+    else:
+        rows = catalogue(kind)
+    if json_:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        typer.echo(f"{row.pop('slug', None) or row.pop('name')}")
+        for key, value in row.items():
+            lines = [f"{f['name']} = {f['default']}: {f['text']}" for f in value] if isinstance(value, list) else [value]
+            for line in lines:
+                typer.echo(f"    {line}" if isinstance(value, list) or key == "text" else f"    {key}: {line}")
+
+
+def reproduce(
+    slugs: Annotated[list[str], typer.Argument(help="Systems, by the slugs of 'hanse list systems'.")],
+    out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("reproduced"),
+) -> None:
+    """Repeat the experiments of published systems; fails when a stated property does not hold."""
+    from hanse.reproduce import run as reproduce_all
+
+    if not reproduce_all(slugs, out):
+        raise typer.Exit(1)
+
+
+def bench(
+    workloads: Annotated[list[str] | None, typer.Argument(help="W1 to W4 [all]", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved repetitions.", min=1)] = 3,
+    json_: Json = False,
+) -> None:
+    """Time hanse against the raw PyTorch loop, side by side, each in a process of its own."""
+    from hanse.bench.runner import run as run_bench
+
+    run_bench(workloads or [], repeats, json_)
+
+
+app.command()(_settings_options(run))
+app.command()(resume)
+app.command()(report)
+app.command("list")(list_)
+app.command()(reproduce)
+app.command()(bench)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from hanse import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: one line and an exit status for what a user can cause."""
+    try:
+        app(standalone_mode=True)
+    except HanseError as error:
+        typer.echo(f"hanse: {error}", err=True)
+        sys.exit(error.exit_status)
+
+
+__all__ = ["ConfigError", "app", "main"]

@@ -1,0 +1,208 @@
+"""A study: every rule with every seed of one set of settings, in one folder, with one report."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hanse.config import Settings
+from hanse.core.errors import CheckpointError, ConfigError
+from hanse.engines.estimate import Estimate, estimate
+from hanse.engines.local import LocalNetwork
+from hanse.experiment import Writer, run
+from hanse.federation import Federation
+from hanse.methods.base import Method
+from hanse.track.folder import SETTINGS, Folder
+from hanse.track.progress import Display
+from hanse.track.report import write_report
+from hanse.track.run import Run
+from hanse.track.summary import cost_text
+from hanse.track.writers import WRITERS
+
+STUDY = "settings.toml"
+LEAST_FREE = 16 << 20
+"""Bytes that must be free where the run folder is to be."""
+
+
+class Study:
+    """``settings`` run in ``folder``: one subfolder a run, ``settings.toml``, ``report.html`` and pictures.
+
+    Raises ``ConfigError`` on wrong settings and ``CheckpointError`` where the folder cannot be written, both before any work.
+    """
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.methods, self.schedule, self.codec, self.engine = settings.parts()
+        self.console = Console(stderr=True)
+        self.stopped, self.net = False, None
+        self.federations: dict[int, Federation] = {}
+        cohort = self.schedule.expected_cohort()
+        if cohort > settings.clients:
+            raise ConfigError(f"cohort: {cohort} is not allowed: there are {settings.clients} clients")
+
+    net: LocalNetwork | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Study:
+        """The study in ``folder``."""
+        if not (folder / STUDY).is_file():
+            raise CheckpointError(f"{folder} holds no run: no {STUDY} in it")
+        return cls(Settings.read(folder / STUDY, {}), folder)
+
+    def federation(self, seed: int) -> Federation:
+        """The federation of a seed, shared by all rules."""
+        if seed not in self.federations:
+            self.federations[seed] = self.settings.federation(seed)
+        return self.federations[seed]
+
+    def cells(self) -> Iterator[tuple[Method, int, Path]]:
+        """Every rule with every seed, and its folder."""
+        names = [type(m).__name__.lower() for m in self.methods]
+        for seed in self.settings.seed:
+            for i, method in enumerate(self.methods):
+                label = names[i] if names.count(names[i]) == 1 else f"{names[i]}-{names[:i].count(names[i]) + 1}"
+                yield method, seed, self.folder / f"{label}-seed{seed}"
+
+    def interrupt(self, *_: Any) -> None:
+        """Stop after the current round; a second time, at once."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        if self.net is not None:
+            self.net.stopping = True
+        self.console.print("stopping after this round; once more to stop at once")
+
+    def estimate(self) -> Estimate:
+        """Expected costs of all runs together, from two probe clients and one evaluation of the first rule."""
+        parts = [self._estimate_one(method) for method in self.methods]
+        seeds = len(self.settings.seed)
+        return Estimate(
+            wall=seeds * sum(p.wall for p in parts),
+            virtual=seeds * sum(p.virtual for p in parts),
+            down=seeds * sum(p.down for p in parts),
+            up=seeds * sum(p.up for p in parts),
+            memory=max(p.memory for p in parts),
+        )
+
+    def _estimate_one(self, method: Method) -> Estimate:
+        from dataclasses import replace
+
+        from hanse.experiment import evaluate
+
+        seed, rounds = self.settings.seed[0], self.settings.rounds
+        net = LocalNetwork(
+            self.federation(seed), method, self.engine, self.codec, seed=seed, rounds=rounds, on_commit=lambda net: None
+        )
+        found = estimate(net, self.schedule)
+        net.begin(method.init(net.problem))
+        evaluate(net)
+        began = time.perf_counter()
+        evaluate(net)
+        once = time.perf_counter() - began
+        times = rounds // self.settings.evaluate if self.settings.evaluate else 1
+        return replace(found, wall=found.wall + once * times)
+
+    def describe(self, found: Estimate) -> str:
+        """An estimate in words."""
+        data = sum(t.nbytes for s in (self.federation(self.settings.seed[0]).split,) for t in (s.train.x, s.train.y, s.test_x))
+        runs = len(self.methods) * len(self.settings.seed)
+        virtual = f", {cost_text('seconds', found.virtual)} virtual" if found.virtual else ""
+        return (
+            f"estimate for {runs} run{'s' if runs > 1 else ''} of {self.settings.rounds} rounds: "
+            f"{cost_text('seconds', found.wall)} here{virtual}, {cost_text('bytes', found.down)} down, "
+            f"{cost_text('bytes', found.up)} up, {cost_text('bytes', found.memory)} of memory beyond {cost_text('bytes', data)} of data"
+        )
+
+    def run(self, resume: bool = False) -> list[Run]:
+        """All runs; with ``resume``, finished ones are read and unfinished ones go on."""
+        expected = self.estimate()
+        self.console.print(self.describe(expected), highlight=False, soft_wrap=True)
+        self._prepare()
+        began, runs = time.monotonic(), []
+        with Display(self.console, len(self.methods) * len(self.settings.seed), self.settings.rounds) as display:
+            for method, seed, path in self.cells():
+                if self.stopped:
+                    break
+                there = resume and (path / SETTINGS).is_file()
+                done = len(Folder(path).history()) if there else 0
+                if there and done == self.settings.rounds and (path / "clients.safetensors").is_file():
+                    runs.append(Folder(path).read())
+                    display.run(path.name, done)
+                    continue
+                runs.append(self._run_one(method, seed, path, there, display.run(path.name)))
+        spent = time.monotonic() - began
+        if runs and not self.stopped and not resume:
+            self._judge(expected, runs, spent)
+        return runs
+
+    def _run_one(self, method: Method, seed: int, path: Path, resume: bool, display: Writer) -> Run:
+        settings = {name: str(value) for name, value in self.settings.model_dump().items()}
+        trackers = [WRITERS[name](path.name, path, settings) for name in self.settings.track]
+
+        def started(net: LocalNetwork) -> None:
+            self.net, net.stopping = net, self.stopped
+
+        return run(
+            self.federation(seed),
+            method,
+            self.schedule,
+            rounds=self.settings.rounds,
+            codec=self.codec,
+            engine=self.engine,
+            seed=seed,
+            evaluate=self.settings.evaluate,
+            out=path,
+            writers=[display, *trackers],
+            resume=resume,
+            on_start=started,
+        )
+
+    def _prepare(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < LEAST_FREE:
+                raise CheckpointError(f"out: the disk of {self.folder} is full")
+            (self.folder / STUDY).write_text(self.settings.toml())
+        except OSError as error:
+            raise CheckpointError(f"out: {self.folder} cannot be written: {error.strerror}") from None
+
+    def _judge(self, expected: Estimate, runs: list[Run], spent: float) -> None:
+        """Note how good the estimate was, for the report."""
+        down = sum(r.history[-1]["bytes_down"] for r in runs)
+        up = sum(r.history[-1]["bytes_up"] for r in runs)
+        virtual = sum(r.history[-1]["seconds"] for r in runs)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+        pairs = {
+            "time here": ("seconds", expected.wall, spent),
+            "virtual time": ("seconds", expected.virtual, virtual),
+            "bytes down": ("bytes", expected.down, down),
+            "bytes up": ("bytes", expected.up, up),
+        }
+        for run_, (_, _, path) in zip(runs, self.cells(), strict=True):
+            for name, (unit, guess, actual) in pairs.items():
+                if actual:
+                    ratio = f", {guess / actual:.2f} of it" if actual else ""
+                    run_.notes[f"estimated {name}"] = f"{cost_text(unit, guess)}, was {cost_text(unit, actual)}{ratio}"
+            run_.notes["peak memory of the process"] = cost_text("bytes", peak)
+            Folder(path).describe(run_)
+
+    def report(self, runs: list[Run]) -> Path:
+        """Write ``report.html`` and the pictures."""
+        return write_report(runs, self.folder, f"{self.folder.name}: {', '.join(type(m).__name__ for m in self.methods)}")
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """The run in ``folder``, or those in its subfolders; raises ``CheckpointError`` where there is none."""
+    if (folder / SETTINGS).is_file():
+        return [Folder(folder).read()]
+    found = [Folder(path.parent).read() for path in sorted(folder.glob(f"*/{SETTINGS}"))]
+    if not found:
+        raise CheckpointError(f"{folder} holds no run: no {SETTINGS} in it or in its subfolders")
+    return found

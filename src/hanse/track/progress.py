@@ -1,0 +1,80 @@
+"""What a person sees while runs go on: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from hanse.track.run import Record
+from hanse.track.summary import cost_text
+
+PLAIN_SECONDS = 5.0
+"""Pause between lines where stderr is no terminal."""
+
+
+class Display:
+    """Progress of ``runs`` runs of ``rounds`` rounds each, on ``console``."""
+
+    def __init__(self, console: Console, runs: int, rounds: int) -> None:
+        self.console, self.rounds, self.done, self.total = console, rounds, 0, runs * rounds
+        self.began = self.printed = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+            TextColumn("left"), TimeRemainingColumn(compact=True),
+        )  # fmt: skip
+        self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task = self.live.add_task("", total=self.total, status="")
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.live.stop()
+
+    def run(self, label: str, done: int = 0) -> RunDisplay:
+        """The writer that shows one run, of which ``done`` rounds are there already."""
+        self.done += done
+        return RunDisplay(self, label)
+
+    def advance(self, label: str, record: Record) -> None:
+        """One more round."""
+        self.done += 1
+        if self.console.is_terminal:
+            self.live.update(self.task, completed=self.done, description=label, status=status(record))
+        elif time.monotonic() - self.printed > PLAIN_SECONDS or record["round"] == self.rounds:
+            self.printed = time.monotonic()
+            left = (self.printed - self.began) / self.done * (self.total - self.done)
+            line = f"{label}  round {record['round']}/{self.rounds}  {status(record)}  {cost_text('seconds', left)} left"
+            self.console.print(Text(line), soft_wrap=True)
+
+
+class RunDisplay:
+    """Shows the rounds of one run; keeps the last evaluation in view between evaluations."""
+
+    def __init__(self, display: Display, label: str) -> None:
+        self.display, self.label = display, label
+        self.metrics: dict[str, float] = {}
+
+    def write(self, record: Record) -> None:
+        """Show one round."""
+        self.metrics = record["metrics"] or self.metrics
+        self.display.advance(self.label, {**record, "metrics": self.metrics})
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def status(record: Record) -> str:
+    """Loss, the first score, traffic and virtual time of a round."""
+    metrics = {n: v for n, v in record["metrics"].items() if n != "test_loss" and not n.startswith("client_")}
+    shown = [f"loss {record['loss']:.3f}", *(f"{n} {v:.3f}" for n, v in list(metrics.items())[:1])]
+    shown.append(f"down {cost_text('bytes', record['bytes_down'])}  up {cost_text('bytes', record['bytes_up'])}")
+    if record["seconds"]:
+        shown.append(f"virtual {cost_text('seconds', record['seconds'])}")
+    return "  ".join(shown)
