@@ -15,13 +15,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hanse import aggregators, codecs, data, engines, fleet, methods, schedules
-    from hanse.core.errors import CheckpointError, CodecError, ConfigError, DataError, DivergedError, HanseError
-    from hanse.data import tasks
-    from hanse.data.partition import dirichlet, feature_shift, iid, natural, quantity, shards
-    from hanse.experiment import resume, run
-    from hanse.federation import Federation
-    from hanse.track.run import Run
+    from hanse import aggregators as aggregators
+    from hanse import codecs as codecs
+    from hanse import data as data
+    from hanse import engines as engines
+    from hanse import fleet as fleet
+    from hanse import methods as methods
+    from hanse import schedules as schedules
+    from hanse.core.errors import CheckpointError as CheckpointError
+    from hanse.core.errors import CodecError as CodecError
+    from hanse.core.errors import ConfigError as ConfigError
+    from hanse.core.errors import DataError as DataError
+    from hanse.core.errors import DivergedError as DivergedError
+    from hanse.core.errors import HanseError as HanseError
+    from hanse.data import tasks as tasks
+    from hanse.data.partition import dirichlet as dirichlet
+    from hanse.data.partition import feature_shift as feature_shift
+    from hanse.data.partition import iid as iid
+    from hanse.data.partition import natural as natural
+    from hanse.data.partition import quantity as quantity
+    from hanse.data.partition import shards as shards
+    from hanse.experiment import resume as resume
+    from hanse.experiment import run as run
+    from hanse.federation import Federation as Federation
+    from hanse.track.run import Run as Run
 
 __version__ = "0.1.0"
 
@@ -34,7 +51,6 @@ _HOME = {
     "Federation": "federation",
     "Run": "track.run",
 }
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -51,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*_HOME, "__version__"]

@@ -40,7 +40,9 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         text = f"{field.description} [{shown}]" if shown not in (None, "") else field.description
         flag = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, metavar=name.upper())
         kind = list[str] if name == "method" else str
-        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]))
+        options.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag])
+        )
 
     def wrapped(**values: Any) -> None:
         given = {o.name: values.pop(o.name) for o in options}
@@ -53,7 +55,9 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def run(
     given: dict[str, Any],
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="Settings; flags override them.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE.toml]", help="Settings; flags override them.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/ and the file's name]", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time, bytes and memory.")] = False,
     json_: Json = False,
@@ -128,7 +132,19 @@ def _show(runs: list[Run], as_json: bool) -> None:
     console.print(verdict(runs))
 
 
-KINDS = ("methods", "schedules", "codecs", "aggregators", "tasks", "partitions", "fleets", "optimizers", "rates", "engines", "systems")
+KINDS = (
+    "methods",
+    "schedules",
+    "codecs",
+    "aggregators",
+    "tasks",
+    "partitions",
+    "fleets",
+    "optimizers",
+    "rates",
+    "engines",
+    "systems",
+)
 
 
 def list_(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))], json_: Json = False) -> None:
@@ -138,10 +154,7 @@ def list_(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))], json_: Js
 
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    if kind == "systems":
-        rows = [asdict(system) for system in SYSTEMS]
-    else:
-        rows = catalogue(kind)
+    rows = [asdict(system) for system in SYSTEMS] if kind == "systems" else catalogue(kind)
     if json_:
         typer.echo(json.dumps(rows))
         return

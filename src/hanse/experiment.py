@@ -144,10 +144,15 @@ def run(
     schedule, codec, engine = schedule or synchronous(), codec or identity(), engine or local()
     seed = federation.seed if seed is None else seed
     folder = None if out is None else Folder(Path(out))
-    settings = {
-        **federation.settings(), "method": method.full(), "schedule": schedule.full(), "codec": codec.full(), "engine": engine.full(),
-        "rounds": str(rounds), "seed": str(seed), "evaluate": str(evaluate),
-    }  # fmt: skip
+    settings = federation.settings() | {
+        "method": method.full(),
+        "schedule": schedule.full(),
+        "codec": codec.full(),
+        "engine": engine.full(),
+        "rounds": str(rounds),
+        "seed": str(seed),
+        "evaluate": str(evaluate),
+    }
     if seed != federation.seed:
         settings["split_seed"] = str(federation.seed)
     result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)

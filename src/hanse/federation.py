@@ -9,7 +9,6 @@ import torch
 
 from hanse.core.errors import ConfigError
 from hanse.core.problem import Problem
-from hanse.core.samples import Samples
 from hanse.core.streams import Streams
 from hanse.data.partition import Partition, iid
 from hanse.data.task import Split, Task

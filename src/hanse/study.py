@@ -23,7 +23,7 @@ from hanse.track.folder import SETTINGS, Folder
 from hanse.track.progress import Display
 from hanse.track.report import write_report
 from hanse.track.run import Run
-from hanse.track.summary import cost_text
+from hanse.track.summary import Against, cost_text
 from hanse.track.writers import WRITERS
 
 STUDY = "settings.toml"
@@ -112,12 +112,12 @@ class Study:
     def describe(self, found: Estimate) -> str:
         """An estimate in words."""
         data = sum(t.nbytes for s in (self.federation(self.settings.seed[0]).split,) for t in (s.train.x, s.train.y, s.test_x))
-        runs = len(self.methods) * len(self.settings.seed)
+        runs, size = len(self.methods) * len(self.settings.seed), cost_text("bytes", data)
         virtual = f", {cost_text('seconds', found.virtual)} virtual" if found.virtual else ""
         return (
             f"estimate for {runs} run{'s' if runs > 1 else ''} of {self.settings.rounds} rounds: "
             f"{cost_text('seconds', found.wall)} here{virtual}, {cost_text('bytes', found.down)} down, "
-            f"{cost_text('bytes', found.up)} up, {cost_text('bytes', found.memory)} of memory beyond {cost_text('bytes', data)} of data"
+            f"{cost_text('bytes', found.up)} up, {cost_text('bytes', found.memory)} of memory beyond {size} of data"
         )
 
     def run(self, resume: bool = False) -> list[Run]:
@@ -179,7 +179,7 @@ class Study:
         up = sum(r.history[-1]["bytes_up"] for r in runs)
         virtual = sum(r.history[-1]["seconds"] for r in runs)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        pairs = {
+        pairs: dict[str, tuple[Against, float, float]] = {
             "time here": ("seconds", expected.wall, spent),
             "virtual time": ("seconds", expected.virtual, virtual),
             "bytes down": ("bytes", expected.down, down),

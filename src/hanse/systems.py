@@ -24,7 +24,7 @@ SYSTEMS = (
         name="FedAvg, FedProx, FedOpt, SCAFFOLD; FedAvg-M, SCAFFOLD-M and their variance-reduced forms",
         paper="Cheng, Huang, Wu, Yuan, ICLR 2024, arXiv 2306.16504; McMahan et al. 2017; Li et al. 2020; Reddi et al. 2021",
         status="partly",
-        implemented="FedAvg, FedProx, FedAdam, FedYogi, FedAdagrad, FedAvgM, Scaffold, FedAvg_M, FedAvg_M_VR, Scaffold_M, Scaffold_M_VR",
+        implemented="FedAvg, FedProx, FedAdam, FedYogi, FedAdagrad, FedAvgM, Scaffold; FedAvg_M, Scaffold_M, with _VR forms",
         shown="exact checks in tests/methods; hanse reproduce momentum (digits, quadratics); not shown at CIFAR-10 size",
     ),
     System(

@@ -25,6 +25,8 @@ from hanse.data.partition import Partition, even
 from hanse.data.task import Dataset, Task
 from hanse.federation import Federation
 
+Name = Literal["W1", "W2", "W3", "W4"]
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -57,7 +59,7 @@ class in_order(Partition):
 class workload(Task):
     """The data and model of a benchmark workload."""
 
-    name: Literal["W1", "W2", "W3", "W4"] = "W1"
+    name: Name = "W1"
     """Which one."""
 
     def data(self, streams: Streams) -> Dataset:
@@ -92,7 +94,7 @@ class workload(Task):
                 )  # fmt: skip
 
 
-def federation(name: Literal["W1", "W2", "W3", "W4"]) -> Federation:
+def federation(name: Name) -> Federation:
     """The workload as a federation, without test parts on the clients."""
     return Federation(workload(name), WORKLOADS[name].clients, in_order(test=0))
 
@@ -120,7 +122,7 @@ def raw_rounds(fed: Federation, work: Workload, epochs: int, rounds: int) -> tup
             for _ in range(epochs):
                 for i in range(0, last - first, work.batch):
                     optimiser.zero_grad()
-                    nn.functional.cross_entropy(model(mine[i : i + work.batch]), labels[i : i + work.batch]).backward()
+                    nn.functional.cross_entropy(model(mine[i : i + work.batch]), labels[i : i + work.batch]).backward()  # type: ignore[no-untyped-call]
                     optimiser.step()
             with torch.no_grad():
                 for s, p in zip(total, params, strict=True):

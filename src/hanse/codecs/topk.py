@@ -31,7 +31,13 @@ class topk(Codec):
     def decode(self, data: bytes) -> Tensor:
         parts = read(data, ("place", "value", "size"))
         place, value, size = parts["place"], parts["value"], parts["size"]
-        if place.dtype != torch.int32 or size.dtype != torch.int64 or size.shape != (1,) or place.shape != value.shape or place.dim() != 1:
+        if (
+            place.dtype != torch.int32
+            or size.dtype != torch.int64
+            or size.shape != (1,)
+            or place.shape != value.shape
+            or place.dim() != 1
+        ):
             raise CodecError("topk: places, values and size do not fit together")
         n = int(size)
         if len(place) != self._kept(n) or (len(place) and not 0 <= int(place.min()) <= int(place.max()) < n):

@@ -1,0 +1,1 @@
+"""What everything stands on: vectors with names, batched gradients, random streams, messages."""

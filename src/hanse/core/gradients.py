@@ -27,8 +27,8 @@ from hanse.core.problem import Problem
 from hanse.core.samples import Batch
 
 Descend = Callable[[Tensor, Tensor, Iterable[tuple[int, Batch]], list[int], float, Tensor], Tensor]
-"""Plain SGD: ``(total [P], start [P], batches, steps per client, lr, weight [C])`` adds ``sum_i weight_i (w_i - start)`` to ``total``
-and returns the mean losses ``[C]``."""
+"""Plain SGD: ``(total [P], start [P], batches, steps per client, lr, weight [C])`` adds ``sum_i weight_i (w_i - start)``
+to ``total`` and returns the mean losses ``[C]``."""
 
 
 class Path(Protocol):
@@ -38,7 +38,7 @@ class Path(Protocol):
     descend: Descend | None
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
-        """``w`` ``[C, P]`` -> gradient ``[C, P]`` and mean loss ``[C]``; running statistics in ``buffers`` ``[C, Q]`` are updated."""
+        """``w`` ``[C, P]`` -> gradient ``[C, P]`` and mean loss ``[C]``; running statistics ``buffers`` ``[C, Q]`` are updated."""
         ...
 
 
@@ -180,11 +180,8 @@ class Stacked:
             losses, delta = (each * weight).sum(1), delta.mul_(weight.unsqueeze(-1))
         deltas = [delta]
         for i in range(len(self.layers) - 1, 0, -1):
-            matrix = views[self.layers[i][0]]
-            if shared:
-                delta = (delta.view(clients * size, -1) @ matrix).view(clients, size, -1)
-            else:
-                delta = torch.bmm(delta, matrix)
+            here = views[self.layers[i][0]]
+            delta = (delta.view(clients * size, -1) @ here).view(clients, size, -1) if shared else torch.bmm(delta, here)
             activation = self.layers[i - 1][2]
             if activation:
                 delta = activation.backward_(delta, inputs[i])
@@ -196,7 +193,7 @@ class Stacked:
         if self.problem.loss is squared_error:
             miss = h.sub_(y.view(h.shape))
             return miss.square().mean(-1), miss.mul_(2 / h.shape[-1])
-        # Spelled out: torch's own log_softmax takes eight times as long when the number of classes is no multiple of the vector width.
+        # Spelled out: torch's log_softmax takes eight times as long when the number of classes is no multiple of the vector width.
         label = y.unsqueeze(-1)
         h.sub_(h.amax(-1, keepdim=True))
         own = h.gather(-1, label)

@@ -70,7 +70,7 @@ def select(module: nn.Module, chosen: Iterable[str]) -> set[str]:
         hits = {n for n, kind in owners.items() if kind == pattern or fnmatchcase(n, pattern)}
         if not hits:
             raise ConfigError(
-                f"selection: {pattern!r} matches no tensor; names: {', '.join(owners)}; types: {', '.join(sorted(set(owners.values())))}"
+                f"selection: {pattern!r} matches no tensor; names: {', '.join(owners)}; types: {', '.join(sorted({*owners.values()}))}"
             )
         picked |= hits
     return picked

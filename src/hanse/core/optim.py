@@ -40,7 +40,7 @@ class Optimizer(Part):
 
 
 class sgd(Optimizer):
-    """Stochastic gradient descent, optionally with momentum ``m <- momentum m + d`` and L2 weight decay ``d <- d + weight_decay x``."""
+    """Stochastic gradient descent with momentum ``m <- momentum m + d`` and L2 weight decay ``d <- d + weight_decay x``."""
 
     momentum: Fraction = 0.0
     """Heavy-ball coefficient."""

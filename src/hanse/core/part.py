@@ -7,20 +7,37 @@ documentation: ``dirichlet(alpha=0.3)`` reads the same in all of them, and ``str
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from hanse.core.errors import ConfigError, unknown
 
+if TYPE_CHECKING:
 
-class Part(BaseModel):
+    class _Model:
+        """What parts use of pydantic's model; its own typing would forbid positional values, as in ``dirichlet(0.3)``."""
+
+        model_fields: ClassVar[dict[str, FieldInfo]]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def __init_subclass__(cls, **kwargs: Any) -> None: ...
+        def __iter__(self) -> Iterator[tuple[str, Any]]: ...
+
+else:
+    _Model = BaseModel
+
+
+class Part(_Model):
     """Base of every configurable piece.
 
     A direct subclass opens a *kind* (``Method``, ``Codec``, ...); every concrete class below it is found by its name, in any
-    case, with ``-`` read as ``_``. Positional arguments are taken in the order of the fields, a class's own before inherited ones. A string is accepted wherever
-    a part is: ``FedAvg(local="sgd(momentum=0.9)")``.
+    case, with ``-`` read as ``_``. Positional arguments are taken in the order of the fields, a class's own before inherited ones.
+    A string is accepted wherever a part is: ``FedAvg(local="sgd(momentum=0.9)")``.
     """
 
     model_config = ConfigDict(
@@ -51,7 +68,7 @@ class Part(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """A class's own fields come before inherited ones, so that ``dirichlet(0.3)`` sets its alpha."""
         fields = cls.model_fields
-        for name in [n for n in fields if n not in cls.__dict__.get("__annotations__", {})]:
+        for name in [n for n in fields if n not in inspect.get_annotations(cls)]:
             fields[name] = fields.pop(name)
 
     @model_validator(mode="before")

@@ -82,13 +82,14 @@ class Problem:
 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.output(self.start, self.start_buffers, x)
-        return 3.0 * max(counter.get_total_flops(), 2 * self.layout.size)
+        return 3.0 * max(float(counter.get_total_flops()), 2.0 * self.layout.size)
 
     @torch.no_grad()
     def scores(self, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of every sample, each ``[N]``, without gradients."""
         parts: dict[str, list[Tensor]] = {}
-        for xs, ys in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
+        for i in range(0, len(x), EVALUATION_CHUNK):
+            xs, ys = x[i : i + EVALUATION_CHUNK], y[i : i + EVALUATION_CHUNK]
             output = self.output(w, buffers, xs)
             for name, score in {"loss": self.loss, **self.metrics}.items():
                 parts.setdefault(name, []).append(score(output, ys))

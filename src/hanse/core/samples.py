@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """``x`` ``[N, ...]``, ``y`` ``[N, ...]``; ``offsets`` int64 ``[clients + 1]`` and ``index`` int64 ``[N]`` or None stay on the CPU."""
+    """``x`` ``[N, ...]``, ``y`` ``[N, ...]``; ``offsets`` int64 ``[clients + 1]`` and ``index`` int64 ``[N]`` (or None) on the CPU."""
 
     x: Tensor
     y: Tensor

@@ -51,7 +51,7 @@ class Streams:
         block = torch.arange(-(-n // 4), device=self.device)
         c3 = torch.full((1, 1), extra, device=self.device) if isinstance(extra, int) else extra
         out = philox(clients[:, None], torch.full((1, 1), round, device=self.device), block, c3, _key(self.seed, purpose))
-        return torch.stack(torch.broadcast_tensors(*out), -1).flatten(1)[:, :n]
+        return torch.stack([word.expand(len(clients), len(block)) for word in out], -1).flatten(1)[:, :n]
 
     def uniform(self, purpose: str, clients: Tensor, round: int = 0, n: int = 1, extra: Tensor | int = 0) -> Tensor:
         """float64 in the open interval (0, 1), ``[len(clients), n]``."""
@@ -63,7 +63,7 @@ class Streams:
         return torch.sqrt(-2 * torch.log(u[:, :n])) * torch.cos(2 * math.pi * u[:, n:])
 
     def sample(self, purpose: str, population: int, k: int, round: int) -> Tensor:
-        """``k`` distinct numbers below ``population``, uniformly drawn, sorted; work and memory grow with ``k`` alone when k is small."""
+        """``k`` distinct numbers below ``population``, uniformly drawn, sorted; for small ``k`` in time and memory of order k."""
         drawn = self.numpy(purpose, round=round).choice(population, k, replace=False, shuffle=False)
         drawn.sort()
         return torch.from_numpy(drawn).to(self.device)

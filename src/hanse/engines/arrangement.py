@@ -42,13 +42,17 @@ def candidates(net: LocalNetwork, cohort: int) -> list[Arrangement]:
     """What is worth timing."""
     cores, engine = os.cpu_count() or 1, net.engine
     fixed = {k: v for k, v in engine if k in Arrangement._fields and v is not None}
+    if not net.method.batched:
+        return [Arrangement(**{"path": "loop", "chunk": 1, "workers": 1, "threads": cores, **fixed})]
     row = net.problem.layout.size * net.problem.start.element_size()
     fitting = min(cohort, max(1, BATCH_BYTES // row))
     found = []
     for path in net.paths:
         chunks = {1} if path == "loop" else {fitting, cohort}
         for chunk in sorted(chunks):
-            found += [Arrangement(path, chunk, 1, 1), Arrangement(path, chunk, 1, cores), Arrangement(path, chunk, cores, 1)]
+            found += [Arrangement(path, chunk, 1, 1), Arrangement(path, chunk, 1, cores)]
+            if chunk < cohort:
+                found.append(Arrangement(path, chunk, cores, 1))
     return list(dict.fromkeys(Arrangement(**{**a._asdict(), **fixed}) for a in found if a.path == fixed.get("path", a.path)))
 
 

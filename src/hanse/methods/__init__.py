@@ -6,6 +6,7 @@ from hanse.methods.fedavg_m import FedAvg_M, FedAvg_M_VR
 from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from hanse.methods.fedprox import FedProx
 from hanse.methods.fedspeed import FedSpeed
+from hanse.methods.one_by_one import OneByOne
 from hanse.methods.scaffold import Scaffold
 from hanse.methods.scaffold_m import Scaffold_M, Scaffold_M_VR
 
@@ -20,6 +21,7 @@ __all__ = [
     "FedSpeed",
     "FedYogi",
     "Method",
+    "OneByOne",
     "Scaffold",
     "Scaffold_M",
     "Scaffold_M_VR",

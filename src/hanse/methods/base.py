@@ -36,6 +36,9 @@ class Method(Part):
     keeps: ClassVar[tuple[str, ...]] = ()
     """Names of the vectors ``[P]`` a client keeps between rounds, zero at first."""
 
+    batched: ClassVar[bool] = True
+    """Whether ``train`` takes many clients side by side; else engines hand it one at a time."""
+
     lr: LearningRate = constant(value=0.1)
     """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
     local: Optimizer = sgd()

@@ -1,0 +1,1 @@
+"""Benchmarks: hanse beside the raw PyTorch loop, on work that is checked to be the same."""
