@@ -49,8 +49,8 @@ class Context:
     _private_gradient: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.counts = self.samples.counts(self.ids).to(self.problem.device)
-        self.steps = self.plan.lengths(self.counts)
+        counts = self.samples.counts(self.ids)
+        self.counts, self.steps = counts.to(self.problem.device), self.plan.lengths(counts).to(self.problem.device)
         problem, everyone = self.problem, len(self.ids)
         self.private = self.state.get("private")
         buffers = self.state.get("buffers", self.message.get("buffers", problem.start_buffers))

@@ -282,11 +282,12 @@ Layer = tuple[str, str | None, Activation | None]
 
 def linear_chain(problem: Problem) -> list[Layer] | None:
     """``(weight, bias, activation)`` of each layer if the model is a chain that ``Stacked`` can run, else None."""
-    if not isinstance(problem.model, nn.Sequential) or problem.fixed or problem.loss not in (cross_entropy, squared_error):
+    if type(problem.model) is not nn.Sequential or problem.fixed or problem.loss not in (cross_entropy, squared_error):
         return None
+    own = {e.name for e in problem.layout.entries}
     layers: list[Layer] = []
-    for name, part in problem.model.named_children():
-        if type(part) is nn.Linear:
+    for name, part in problem.model._modules.items():  # named_children would leave out a module's second appearance
+        if type(part) is nn.Linear and own.issuperset(f"{name}.{n}" for n, _ in part.named_parameters()):
             layers.append((f"{name}.weight", None if part.bias is None else f"{name}.bias", None))
         elif type(part) in ACTIVATIONS and layers and layers[-1][2] is None:
             layers[-1] = (*layers[-1][:2], ACTIVATIONS[type(part)])

@@ -42,7 +42,7 @@ class Layout:
         """``[..., P]`` to named views ``[..., *shape]`` that share its memory."""
         lead = flat.shape[:-1]
         return {
-            e.name: part.view(*lead, *e.shape) for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)
+            e.name: part.view((*lead, *e.shape)) for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)
         }
 
     def flatten(self, tensors: Mapping[str, Tensor], lead: tuple[int, ...] = ()) -> Tensor:
@@ -69,8 +69,7 @@ def select(module: nn.Module, chosen: Iterable[str]) -> set[str]:
     for pattern in chosen:
         hits = {n for n, kind in owners.items() if kind == pattern or fnmatchcase(n, pattern)}
         if not hits:
-            raise ConfigError(
-                f"selection: {pattern!r} matches no tensor; names: {', '.join(owners)}; types: {', '.join(sorted({*owners.values()}))}"
-            )
+            there = f"names: {', '.join(owners)}; types: {', '.join(sorted({*owners.values()}))}"
+            raise ConfigError(f"selection: {pattern!r} matches no tensor; {there}")
         picked |= hits
     return picked

@@ -125,6 +125,9 @@ class Part(_Model):
             call = None
         if match is None or not isinstance(call, ast.Call) or not all(k.arg for k in call.keywords):
             raise ConfigError(f"{cls.kind}: cannot read {text!r}; write name or name(key=value, ...)")
+        keywords = [str(k.arg) for k in call.keywords]
+        if len(set(keywords)) < len(keywords):
+            raise ConfigError(f"{cls.kind}: a field is given twice in {text!r}")
         part = cls.named(match[1])
         return part(*map(_value, call.args), **{str(k.arg): _value(k.value) for k in call.keywords})
 
@@ -137,7 +140,7 @@ def _value(node: ast.expr) -> Any:
     """A literal, or the source text of a nested part, which the field it goes to parses as its own kind."""
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return ast.unparse(node)
 
 

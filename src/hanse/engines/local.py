@@ -298,4 +298,4 @@ class LocalNetwork:
             flops = self.work * self.plan.seen(self.samples.counts(clients))
             seconds += float(profile.seconds(flops, down, up).max())
         self.traffic = Traffic(seconds, self.traffic.down + down * len(clients), self.traffic.up + int(up.sum()))
-        self.taken[clients] += 1
+        self.taken.numpy()[clients.numpy()] += 1

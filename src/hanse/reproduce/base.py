@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def scores(
     engine = local(path="stacked", chunk=cohort, workers=1, threads=1)
     for row, federation in zip(found, federations, strict=True):
         watcher = _Scores(score)
-        try:
+        with contextlib.suppress(DivergedError):
             run(
                 federation,
                 rule,
@@ -152,8 +153,6 @@ def scores(
                 writers=[watcher],
                 on_start=watcher.start,
             )
-        except DivergedError:
-            pass
         row[: len(watcher.found)] = torch.tensor(watcher.found, dtype=torch.float64)
     return found
 
