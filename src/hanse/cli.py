@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from hanse.core.errors import ConfigError, HanseError, unknown
 
 if TYPE_CHECKING:
     from hanse.track.run import Run
 
+typer.core.HAS_RICH = False  # help is printed plainly; typer before 0.21 would escape its brackets all the same
 app = typer.Typer(
     name="hanse",
     no_args_is_help=True,

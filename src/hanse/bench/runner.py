@@ -7,12 +7,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from hanse.bench.workloads import Name, export
 from hanse.core.errors import HanseError, unknown
 
 CASES: dict[str, dict[str, Any]] = {
@@ -24,8 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hanse, top-k 10 %": {"who": "hanse", "codec": "topk(0.1)"},
     "hanse, bf16": {"who": "hanse", "engine": "local(precision='bf16')"},
 }
-ONLY = {"hanse, bf16": ("W2",)}
-NAMES = ("W1", "W2", "W3", "W4")
+ONLY = {"hanse, bf16": "W2"}
 SAME = ("hanse", "raw loop"), ("hanse, 5 epochs", "raw loop, 5 epochs")
 TOLERANCE = 2e-3
 """Largest difference of test losses between programs that do the same work in another order of additions."""
@@ -36,7 +37,8 @@ def peers() -> dict[str, tuple[Path, Path]]:
     venvs, scripts = os.environ.get("HANSE_PEERS"), Path("benchmarks/peers")
     if not venvs:
         return {}
-    found = {p.stem: (Path(venvs) / p.stem / "bin" / "python", p) for p in sorted(scripts.glob("*.py"))}
+    names = {p.stem.removeprefix("peer_"): p for p in sorted(scripts.glob("peer_*.py"))}
+    found = {name: (Path(venvs) / name / "bin" / "python", p) for name, p in names.items()}
     return {name: pair for name, pair in found.items() if pair[0].is_file()}
 
 
@@ -49,19 +51,27 @@ def one(command: list[str], timeout: float = 600) -> dict[str, Any]:
     return result
 
 
-def measure(workload: str, repeats: int, console: Console) -> dict[str, list[dict[str, Any]]]:
-    """``repeats`` results of every case of a workload."""
+def measure(workload: Name, repeats: int, console: Console, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """``repeats`` results of every case of a workload; ``folder`` takes the data for other tools."""
     found: dict[str, list[dict[str, Any]]] = {}
+    others, data = peers(), folder / f"{workload}.npz"
+    if others:
+        export(workload, data)
     for i in range(repeats):
         for name, case in CASES.items():
-            if workload not in ONLY.get(name, NAMES):
+            if workload not in ONLY.get(name, workload):
                 continue
             console.print(f"{workload} {i + 1}/{repeats} {name}", style="dim")
             spec = json.dumps({"workload": workload, **case})
             found.setdefault(name, []).append(one([sys.executable, "-m", "hanse.bench.case", spec]))
-        for name, (python, script) in peers().items():
+        for name, (python, script) in others.items():
             console.print(f"{workload} {i + 1}/{repeats} {name}", style="dim")
-            found.setdefault(name, []).append(one([str(python), str(script), workload]))
+            try:
+                found.setdefault(name, []).append(one([str(python), str(script), str(data)]))
+            except (HanseError, subprocess.TimeoutExpired) as error:
+                console.print(f"{name}: {error}", style="red")
+                others = {k: v for k, v in others.items() if k != name}
+                found.pop(name)
     return found
 
 
@@ -85,12 +95,14 @@ def differences(table: list[dict[str, Any]]) -> list[str]:
 
 def run(workloads: list[str], repeats: int, as_json: bool) -> None:
     """Measure, print a table a workload, and fail when cases that should agree do not."""
-    for name in workloads:
-        if name not in NAMES:
-            raise unknown("workload", name, NAMES)
+    names: tuple[Name, ...] = get_args(Name)
+    for asked in workloads:
+        if asked not in names:
+            raise unknown("workload", asked, names)
     progress, out, everything = Console(stderr=True), Console(), []
-    for workload in workloads or NAMES:
-        table = rows(workload, measure(workload, repeats, progress))
+    for workload in [name for name in names if name in workloads or not workloads]:
+        with tempfile.TemporaryDirectory() as folder:
+            table = rows(workload, measure(workload, repeats, progress, Path(folder)))
         everything += table
         if not as_json:
             shown = Table("case", "s per round", "ratio to raw loop", "first round", "peak MB", "loss", "accuracy", title=workload)

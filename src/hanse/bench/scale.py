@@ -65,7 +65,13 @@ def measure(rounds: int = 1000) -> dict[str, float]:
     run(fed, rule, synchronous(cohort=COHORT), rounds=rounds, evaluate=0, writers=[clock, Watch()], engine=engine)
     spent = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
     growth = peaks[-2] - peaks[rounds // 10]
-    return {"build_s": built, "build_mb": memory, "round_s": statistics.median(spent[1:]), "growth_mb": growth, "peak_mb": peaks[-1]}
+    return {
+        "build_s": built,
+        "build_mb": memory,
+        "round_s": statistics.median(spent[1:]),
+        "growth_mb": growth,
+        "peak_mb": peaks[-1],
+    }
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ Data lie in client order and batches are taken in stored order, so that every pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,6 +99,26 @@ class workload(Task):
 def federation(name: Name) -> Federation:
     """The workload as a federation, without test parts on the clients."""
     return Federation(workload(name), WORKLOADS[name].clients, in_order(test=0))
+
+
+def export(name: Name, file: Path) -> None:
+    """Everything another tool needs to do the same work, as one npz file."""
+    fed, work = federation(name), WORKLOADS[name]
+    train, split = fed.split.train, fed.split
+    cohorts = [fed.streams.sample("cohort", fed.clients, work.cohort, t).numpy() for t in range(work.rounds)]
+    start = fed.problem.layout.views(fed.problem.start)
+    settings = {k: np.array(v) for k, v in asdict(work).items() if v is not None} | {"epochs": np.array(1)}
+    np.savez(
+        file,
+        x=train.x.numpy(),
+        y=train.y.numpy(),
+        offsets=train.offsets.numpy(),
+        test_x=split.test_x.numpy(),
+        test_y=split.test_y.numpy(),
+        cohorts=np.stack(cohorts),
+        start=np.concatenate([start[n].numpy().ravel() for n, _ in fed.problem.model.named_parameters()]),
+        **settings,  # type: ignore[arg-type]
+    )
 
 
 def raw_rounds(fed: Federation, work: Workload, epochs: int, rounds: int) -> tuple[list[float], nn.Module]:

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of (client, round, step, site) instead of a global generator."""
+"""Dropout whose mask is a function of (seed, client, round, step, site) instead of a global generator."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from hanse.core.streams import philox
+from hanse.core.streams import key, philox
 
-_place: ContextVar[tuple[Tensor, int, int]] = ContextVar("place")
-_KEY = (0x0D0F, 0x5EED)
+_place: ContextVar[tuple[Tensor, int, int, int]] = ContextVar("place")
 
 
 @contextmanager
-def dropout_at(client: Tensor, round: int, step: int) -> Iterator[None]:
+def dropout_at(client: Tensor, round: int, step: int, seed: int) -> Iterator[None]:
     """Masks inside the block belong to ``client`` (an int64 scalar, under ``vmap`` one per client) at this round and step."""
-    token = _place.set((client, round, step))
+    token = _place.set((client, round, step, seed))
     try:
         yield
     finally:
@@ -26,27 +25,33 @@ def dropout_at(client: Tensor, round: int, step: int) -> Iterator[None]:
 
 
 class KeyedDropout(nn.Module):
-    """Drop with probability ``p`` and scale the rest by ``1 / (1 - p)``; two passes of one step drop the same units."""
+    """Drop with probability ``p`` and scale the rest by ``1 / (1 - p)``; two passes of one step drop the same units.
 
-    def __init__(self, p: float, site: int) -> None:
+    ``channels``: drop whole channels of ``[B, C, ...]``, as ``Dropout2d`` does.
+    """
+
+    def __init__(self, p: float, site: int, channels: bool = False) -> None:
         super().__init__()
-        self.p, self.site = p, site
+        self.p, self.site, self.channels = p, site, channels
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        client, round, step = _place.get()
-        block = torch.arange(-(-x.numel() // 4), device=x.device)
+        if self.p == 1:
+            return x * 0
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channels else x.shape
+        client, round, step, seed = _place.get()
+        block = torch.arange(-(-torch.Size(shape).numel() // 4), device=x.device)
         site = torch.full_like(block, step * 0x10000 + self.site)
-        words = philox(client.to(x.device) + 0 * block, torch.full_like(block, round), block, site, _KEY)
-        u = torch.stack(words, -1).flatten()[: x.numel()].view(x.shape)
+        words = philox(client.to(x.device) + 0 * block, torch.full_like(block, round), block, site, key(seed, "dropout"))
+        u = torch.stack(words, -1).flatten()[: torch.Size(shape).numel()].view(shape)
         return x * (u >= self.p * 2**32) / (1 - self.p)
 
 
 def with_keyed_dropout(module: nn.Module) -> nn.Module:
-    """Replace every ``nn.Dropout`` in place."""
+    """Replace every ``nn.Dropout``, ``Dropout1d``, ``Dropout2d`` and ``Dropout3d`` in place."""
     for site, (name, part) in enumerate(list(module.named_modules())):
-        if isinstance(part, nn.Dropout):
+        if isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
             owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, KeyedDropout(part.p, site))
+            setattr(module.get_submodule(owner), leaf, KeyedDropout(part.p, site, not isinstance(part, nn.Dropout)))
     return module

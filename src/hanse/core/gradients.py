@@ -83,12 +83,12 @@ class Loop:
             if weight is not None:
                 n = int((weight > 0).sum())
                 x, y = x[:n], y[:n]
-            with torch.enable_grad(), dropout_at(batch.ids[i], batch.round, batch.step):
+            with torch.enable_grad(), dropout_at(batch.ids[i], batch.round, batch.step, batch.seed):
                 # Autocast keeps cast weights until it is left, so it is entered anew for every step.
                 with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
                     output = module(x)
                 loss = problem.loss(output.to(w.dtype) if output.is_floating_point() else output, y).mean()
-                grads = torch.autograd.grad(loss, params)
+                grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             torch._foreach_copy_([v[i] for v in into], list(grads))
             losses[i] = loss.detach()
             for mine, given in zip(own, stats, strict=True):
@@ -97,16 +97,16 @@ class Loop:
 
 
 class Vmap:
-    """All clients in one vectorised call of autograd."""
+    """All clients in one vectorised call of autograd on a module of this thread's own."""
 
     name = "vmap"
     descend: Descend | None = None
 
     def __init__(self, problem: Problem, bf16: bool = False) -> None:
         self.problem, self.bf16 = problem, bf16
-        self.module = with_keyed_dropout(copy.deepcopy(problem.model)).train()
-        self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0, None, None))
-        self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0, None, None))
+        self._mine = threading.local()  # functional_call swaps a module's tensors in place, so threads cannot share one
+        self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0, None, None, None))
+        self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0, None, None, None))
 
     def _loss(
         self,
@@ -118,16 +118,19 @@ class Vmap:
         client: Tensor,
         round: int,
         step: int,
+        seed: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with (
-            dropout_at(client, round, step),
+            dropout_at(client, round, step, seed),
             torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext(),
         ):
-            output = functional_call(self.module, {**params, **stats, **self.problem.fixed}, (x,))
+            output = functional_call(self._mine.module, {**params, **stats, **self.problem.fixed}, (x,))
         losses = self.problem.loss(output.to(self.problem.dtype), y)
         return losses.mean() if weight is None else (losses * weight).sum(), stats
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
+        if not hasattr(self._mine, "module"):
+            self._mine.module = with_keyed_dropout(copy.deepcopy(self.problem.model)).train()
         stats = {n: v.clone() for n, v in self.problem.buffer_layout.views(buffers).items()}
         compute = self._grad_full if batch.weight is None else self._grad
         grads, (losses, stats) = compute(self.problem.layout.views(w), stats, *batch)

@@ -42,7 +42,8 @@ class Layout:
         """``[..., P]`` to named views ``[..., *shape]`` that share its memory."""
         lead = flat.shape[:-1]
         return {
-            e.name: part.view((*lead, *e.shape)) for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)
+            e.name: part.view((*lead, *e.shape))
+            for e, part in zip(self.entries, flat.split_with_sizes(self.sizes, -1), strict=True)
         }
 
     def flatten(self, tensors: Mapping[str, Tensor], lead: tuple[int, ...] = ()) -> Tensor:

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """One local step of ``C`` clients: ``x`` ``[C, B, ...]``, ``y`` ``[C, B, ...]``.
 
     ``weight`` ``[C, B]`` sums to one over each client's real samples and is 0 on padding; None when every place holds a sample.
-    ``ids`` ``[C]``, ``round`` and ``step`` say whose and which step it is (dropout masks are drawn from them).
+    ``ids`` ``[C]``, ``round``, ``step`` and the run's ``seed`` say whose and which step it is (dropout masks are drawn from them).
     """
 
     x: Tensor
@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     ids: Tensor
     round: int
     step: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Plan:
             if order is not None:
                 where = np.take_along_axis(order[:active], where, 1)
             x, y = samples.take(torch.from_numpy(where + first[:active, None]))
-            yield active, Batch(x, y, weight, ids[:active], round, k)
+            yield active, Batch(x, y, weight, ids[:active], round, k, streams.seed)
 
     def _order(self, order: Order | None, counts: Order, passes: Order, ids: Tensor, streams: Streams, round: int, k: int) -> Order:
         """``[C, max count]``: the order of each client's samples, drawn anew for the clients that begin a pass at step ``k``."""

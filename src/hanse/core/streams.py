@@ -32,7 +32,8 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int])
 
 
 @lru_cache(maxsize=4096)
-def _key(seed: int, purpose: str) -> tuple[int, int]:
+def key(seed: int, purpose: str) -> tuple[int, int]:
+    """The Philox key of a purpose."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -50,7 +51,7 @@ class Streams:
             extra = extra.to(self.device)[:, None]
         block = torch.arange(-(-n // 4), device=self.device)
         c3 = torch.full((1, 1), extra, device=self.device) if isinstance(extra, int) else extra
-        out = philox(clients[:, None], torch.full((1, 1), round, device=self.device), block, c3, _key(self.seed, purpose))
+        out = philox(clients[:, None], torch.full((1, 1), round, device=self.device), block, c3, key(self.seed, purpose))
         return torch.stack([word.expand(len(clients), len(block)) for word in out], -1).flatten(1)[:, :n]
 
     def uniform(self, purpose: str, clients: Tensor, round: int = 0, n: int = 1, extra: Tensor | int = 0) -> Tensor:
