@@ -37,8 +37,6 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if self.p == 1:
-            return x * 0
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channels else x.shape
         client, round, step, seed = _place.get()
         block = torch.arange(-(-torch.Size(shape).numel() // 4), device=x.device)
@@ -49,8 +47,8 @@ class KeyedDropout(nn.Module):
 
 
 def with_keyed_dropout(module: nn.Module) -> nn.Module:
-    """Replace every ``nn.Dropout``, ``Dropout1d``, ``Dropout2d`` and ``Dropout3d`` in place."""
-    for site, (name, part) in enumerate(list(module.named_modules())):
+    """Replace every ``nn.Dropout``, ``Dropout1d``, ``Dropout2d`` and ``Dropout3d`` in place; each place draws its own masks."""
+    for site, (name, part) in enumerate(list(module.named_modules(remove_duplicate=False))):
         if isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, KeyedDropout(part.p, site, not isinstance(part, nn.Dropout)))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from hanse.core.errors import ConfigError, unknown
@@ -71,10 +71,10 @@ class Part(_Model):
         for name in [n for n in fields if n not in inspect.get_annotations(cls)]:
             fields[name] = fields.pop(name)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        return cls.parse(value) if isinstance(value, str) else value
+    def _from_text(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        return cls.parse(value) if isinstance(value, str) else handler(value)
 
     def __str__(self) -> str:
         """``name(key=value, ...)`` with the fields that differ from their defaults; ``parse`` reads it back."""

@@ -79,7 +79,10 @@ class _Trial:
 
     def __call__(self, option: Arrangement) -> float:
         few, many = self.clients[: 2 * option.workers], self.clients[: max(option.chunk, 2 * option.workers)]
-        self._time(few, option)  # first calls allocate and compile
+        try:
+            self._time(few, option)  # first calls allocate and compile
+        except RuntimeError:  # a model that vmap cannot trace; if no path can, the round itself says why
+            return float("inf")
         spent = self._time(few, option)
         # Batching makes overhead vanish, not arithmetic: where a few clients take this long, more of them are not much faster each.
         if spent > LONG and spent / len(few) > 2 * self.best:

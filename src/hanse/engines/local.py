@@ -157,6 +157,7 @@ class LocalNetwork:
 
     def rounds(self) -> Iterator[int]:
         while self.round < self.total_rounds and not self.stopping:
+            self.cohort = self.cohort[:0]
             yield self.round
 
     def sample(self, k: int) -> Tensor:
@@ -250,6 +251,7 @@ class LocalNetwork:
                 plan=self.plan,
                 lr=self.method.lr.at(self.round),
                 local=self.method.local,
+                clip=self.method.clip,
                 totals=sums if plain and self.engine.shortcuts else None,
             )
             upload: Upload = getattr(self.method, work)(ctx)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PositiveFloat
 from torch import Tensor
 
 from hanse.core.context import Context
@@ -43,6 +43,8 @@ class Method(Part):
     """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
     local: Optimizer = sgd()
     """Local optimiser."""
+    clip: PositiveFloat | None = None
+    """Largest norm of a client's gradient."""
 
     def init(self, problem: Problem) -> State:
         """The server's state before round 0."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from hanse.core.context import Context
@@ -37,8 +37,6 @@ class FedAvg(Method):
     """Local steps K, instead of ``epochs``."""
     shuffle: bool = True
     """A new order of the samples in every pass; False keeps the stored order."""
-    clip: PositiveFloat | None = None
-    """Largest norm of a client's gradient."""
     weights: Literal["samples", "uniform"] = "samples"
     """Averaging weights: the clients' numbers of samples, or all equal."""
     server: Optimizer = sgd()
