@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)  # tensors are tiny, and tests may run side by side
+settings.register_profile("hanse", deadline=None, derandomize=True)
+settings.load_profile("hanse")
 
 FOLDERS = [Path(os.environ["HANSE_DATA"])] if "HANSE_DATA" in os.environ else [Path(__file__).parents[2] / "shared" / "data"]
 

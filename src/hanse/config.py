@@ -69,8 +69,8 @@ class Settings(BaseModel):
     """Parameters that stay on the client: name patterns (head.*) or module types (BatchNorm2d)."""
     frozen: Names = ()
     """Parameters that are not trained: name patterns or module types."""
-    buffers: Literal["average", "private"] = "average"
-    """Batch-norm statistics: averaged like the model, or private to each client."""
+    buffers: Literal["average", "domain", "private"] = "average"
+    """Batch-norm statistics: averaged like the model, averaged within each domain, or private to each client."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the weights."""
     device: str = "cpu"

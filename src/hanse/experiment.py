@@ -88,6 +88,10 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
         if not math.isfinite(scores["loss"]):
             raise DivergedError(f"the test loss after round {net.round} is {scores['loss']}; lower lr or set clip")
         found = {("test_loss" if n == "loss" else n): v for n, v in scores.items()}
+        if split.newcomers is not None:
+            new = split.newcomers
+            fresh = problem.evaluate(net.state["x"], buffers, *new.take(torch.arange(int(new.offsets[0]), int(new.offsets[-1]))))
+            found |= {f"newcomer_{n}": v for n, v in fresh.items() if n != "loss"}
     for name, values in per_client(net).items():
         there = values[~torch.isnan(values)]
         if name in problem.metrics and len(there):
@@ -104,14 +108,16 @@ def per_client(net: LocalNetwork) -> Tensors:
         return {}
     w, buffers = net.state["x"], net.state.get("buffers", problem.start_buffers)
     if net.personal:
-        kept = net.kept.read(torch.arange(net.clients))
-        w = torch.cat([w.expand(net.clients, -1), kept["private"]], 1) if "private" in kept else w.expand(net.clients, -1)
+        kept, w = net.kept.read(torch.arange(net.clients)), w.expand(net.clients, -1)
+        w = torch.cat([w, kept["private"]], 1) if "private" in kept else w
         buffers = kept.get("buffers", buffers)
+        if "buffers" not in kept and buffers.dim() > 1 and net.samples.domains is not None:
+            buffers = buffers[net.samples.domains]
     return problem.evaluate_clients(w, buffers, test)
 
 
 def weights(net: LocalNetwork) -> Tensors:
-    """The global model as named tensors: parameters (private ones at their start), and averaged buffers."""
+    """The global model as named tensors: parameters (private ones at their start), and averaged buffers (a row a domain)."""
     problem = net.problem
     named = problem.layout.views(torch.cat([net.state["x"], problem.start[problem.shared :]]))
     if "buffers" in net.state:

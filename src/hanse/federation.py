@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -13,6 +13,9 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, iid
 from hanse.data.task import Split, Task
 from hanse.fleet.profiles import Fleet, ideal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Federation:
@@ -31,7 +34,7 @@ class Federation:
         seed: int = 0,
         private: tuple[str, ...] = (),
         frozen: tuple[str, ...] = (),
-        buffers: Literal["average", "private"] = "average",
+        buffers: Literal["average", "domain", "private"] = "average",
         dtype: Literal["float32", "float64"] = "float32",
         device: str = "cpu",
     ) -> None:
@@ -63,6 +66,16 @@ class Federation:
         split = self.partition.split(self.task.data(self.streams), self.clients, self.streams)
         return split.to(self.device, self.dtype)
 
+    def plot(self) -> Figure:
+        """A picture of how the training data are split over the clients, as a matplotlib figure."""
+        from hanse.track.figures import split
+        from hanse.track.run import Run
+
+        clients = {"samples": self.split.train.counts()}
+        if self.split.groups is not None:
+            clients["classes"] = self.split.groups
+        return split(Run("", self.seed, {"partition": str(self.partition)}, [], {}, clients, self.split.names))
+
     @cached_property
     def problem(self) -> Problem:
         """Model, loss and metrics, with initial weights drawn from the seed."""
@@ -76,6 +89,7 @@ class Federation:
             private=self.private,
             frozen=self.frozen,
             buffers=self.buffers,
+            domains=0 if self.split.train.domains is None else int(self.split.train.domains.max()) + 1,
             device=self.device,
             dtype=self.dtype,
         )

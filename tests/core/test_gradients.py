@@ -47,7 +47,7 @@ def check(problem: Problem, batch: Batch, counts: Sequence[int], tolerance: floa
         assert torch.equal(w, before)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     widths=st.lists(st.integers(1, 6), min_size=2, max_size=4),
     activations=st.lists(st.sampled_from([nn.ReLU, nn.Tanh, nn.Sigmoid]), min_size=3, max_size=3),

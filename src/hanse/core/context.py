@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hanse.core.gradients import Path
+from hanse.core.gradients import GradientPath
 from hanse.core.messages import Tensors, Upload
 from hanse.core.optim import Optimizer
 from hanse.core.problem import Problem
@@ -30,7 +30,7 @@ class Context:
     """
 
     problem: Problem
-    path: Path
+    path: GradientPath
     samples: Samples
     streams: Streams
     round: int
@@ -54,8 +54,16 @@ class Context:
         problem, everyone = self.problem, len(self.ids)
         self.private = self.state.get("private")
         buffers = self.state.get("buffers", self.message.get("buffers", problem.start_buffers))
-        self.buffers = buffers if "buffers" in self.state else buffers.expand(everyone, -1).clone()
+        if "buffers" not in self.state:  # the server's, one for all or one a domain
+            buffers = buffers.repeat(everyone, 1) if buffers.dim() == 1 else buffers[self.domain]
+        self.buffers = buffers
         self.loss = torch.zeros(everyone, dtype=problem.dtype, device=problem.device)
+
+    @property
+    def domain(self) -> Tensor:
+        """The domain of each client, ``[C]``."""
+        assert self.samples.domains is not None
+        return self.samples.domains[self.ids].to(self.problem.device)
 
     @property
     def start(self) -> Tensor:
@@ -132,6 +140,9 @@ class Context:
 
     def upload(self, weight: Tensor, rows: Tensors | None = None, **sums: Tensor) -> Upload:
         """Declare what the server may see: ``sums`` weighted by ``weight`` ``[C]``, and ``rows``."""
-        if "buffers" in self.message:
+        rows = rows or {}
+        if "buffers" in self.message and self.message["buffers"].dim() == 1:
             sums["buffers"] = self.buffers
-        return Upload(self.ids, weight, sums, rows or {}, self.loss)
+        elif "buffers" in self.message:
+            rows |= {"buffers": self.buffers, "domain": self.domain}
+        return Upload(self.ids, weight, sums, rows, self.loss)

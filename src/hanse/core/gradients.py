@@ -31,7 +31,7 @@ Descend = Callable[[Tensor, Tensor, Iterable[tuple[int, Batch]], list[int], floa
 to ``total`` and returns the mean losses ``[C]``."""
 
 
-class Path(Protocol):
+class GradientPath(Protocol):
     """One way to compute gradients of the problem it was made for."""
 
     name: str
@@ -126,7 +126,7 @@ class Vmap:
         ):
             output = functional_call(self._mine.module, {**params, **stats, **self.problem.fixed}, (x,))
         losses = self.problem.loss(output.to(self.problem.dtype), y)
-        return losses.mean() if weight is None else (losses * weight).sum(), stats
+        return losses.mean() if weight is None else (losses * weight.to(losses.dtype)).sum(), stats
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
         if not hasattr(self._mine, "module"):
@@ -299,10 +299,10 @@ def linear_chain(problem: Problem) -> list[Layer] | None:
     return layers if layers and layers[-1][2] is None else None
 
 
-def paths(problem: Problem, bf16: bool = False) -> dict[str, Path]:
+def paths(problem: Problem, bf16: bool = False) -> dict[str, GradientPath]:
     """Every path that computes this problem's gradients exactly, by name."""
     coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in problem.model.modules())
-    found: dict[str, Path] = {"loop": Loop(problem, bf16)}
+    found: dict[str, GradientPath] = {"loop": Loop(problem, bf16)}
     if not coupled:
         found["vmap"] = Vmap(problem, bf16)
     if not bf16 and linear_chain(problem):

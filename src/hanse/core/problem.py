@@ -28,7 +28,8 @@ class Problem:
     """``model`` with ``loss`` and ``metrics`` (functions of output and label, one number per sample).
 
     ``private`` and ``frozen`` are selections: name patterns or module types (see ``layout.select``). ``buffers`` says what becomes
-    of the clients' batch-norm statistics: averaged like the model, or private to each client.
+    of the clients' batch-norm statistics: averaged like the model (``domains`` 0), averaged within each of so many domains, or
+    private to each client.
     Raises ``ConfigError`` when nothing trainable is left or a selection matches nothing.
     """
 
@@ -40,7 +41,8 @@ class Problem:
         *,
         private: Sequence[str] = (),
         frozen: Sequence[str] = (),
-        buffers: Literal["average", "private"] = "average",
+        buffers: Literal["average", "domain", "private"] = "average",
+        domains: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -57,7 +59,9 @@ class Problem:
         self.shared = sum(trained[n].numel() for n in order if n not in own)
         stats = {n: b for n, b in self.model.named_buffers() if b.is_floating_point() and n not in held}
         self.buffer_layout = Layout({n: b.shape for n, b in stats.items()})
-        self.shares_buffers = bool(stats) and buffers == "average"
+        self.shares_buffers = bool(stats) and buffers != "private"
+        if buffers == "domain" and not domains:
+            raise ConfigError("buffers: 'domain' is not allowed: the partition knows no domains; feature_shift does")
         self.fixed = {
             n: t.detach()
             for n, t in [*self.model.named_parameters(), *self.model.named_buffers()]
@@ -65,6 +69,8 @@ class Problem:
         }
         self.start = self.layout.flatten(trained)
         self.start_buffers = self.buffer_layout.flatten(stats).to(self.device, dtype)
+        self.shared_buffers = self.start_buffers.repeat(domains, 1) if buffers == "domain" else self.start_buffers
+        """What the server holds at first: ``[Q]``, or one row a domain ``[domains, Q]``."""
 
     def named(self, w: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """All tensors of the module: views of ``w`` and ``buffers`` and the frozen ones."""

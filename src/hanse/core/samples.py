@@ -7,7 +7,7 @@ themselves when the data already lie in client order), so a million clients are 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +38,16 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """``x`` ``[N, ...]``, ``y`` ``[N, ...]``; int64 ``offsets`` ``[clients + 1]`` and ``index`` ``[N]`` (or None) on the CPU."""
+    """``x`` ``[N, ...]``, ``y`` ``[N, ...]``; int64 ``offsets`` ``[clients + 1]`` and ``index`` ``[N]`` (or None) on the CPU.
+
+    ``domains`` int64 ``[clients]`` is the domain of each client's data, where these differ.
+    """
 
     x: Tensor
     y: Tensor
     offsets: Tensor
     index: Tensor | None = None
+    domains: Tensor | None = None
 
     @property
     def clients(self) -> int:
@@ -70,7 +74,7 @@ class Samples:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
         """Copy to a device; floating ``x`` and ``y`` also to ``dtype``."""
         x, y = (t.to(device, dtype if dtype and t.is_floating_point() else t.dtype) for t in (self.x, self.y))
-        return Samples(x, y, self.offsets, self.index)
+        return replace(self, x=x, y=y)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Plan:
         lengths = self.epochs * passes if self.steps is None else np.full_like(passes, self.steps)
         if not len(lengths):
             return
-        floating = torch.empty(0, dtype=samples.x.dtype if samples.x.is_floating_point() else None).numpy().dtype
+        floating = torch.empty(0, dtype=samples.x.dtype if samples.x.is_floating_point() else torch.float64).numpy().dtype
         low, high = int(counts.min()), int(counts.max())
         place, per_pass = np.arange(self.batch), -(-high // self.batch)
         order = None

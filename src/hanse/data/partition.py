@@ -43,6 +43,10 @@ class Partition(Part):
         """Rows of ``data`` in client order, int64 ``[M]``, in random order within a client, and the size of each, ``[clients]``."""
         raise TypeError(f"{type(self).__name__} does not define deal")
 
+    def domain(self, clients: Tensor) -> Tensor | None:
+        """The domain of each client, int64 from 0 up; None where all data are alike."""
+        return None
+
     def split(self, data: Dataset, clients: int, streams: Streams) -> Split:
         """Split ``data`` over ``clients`` clients (numbers 0 up) and the newcomers.
 
@@ -71,7 +75,7 @@ class Partition(Part):
             cells = torch.bincount(owner * len(data.names) + data.group[train], minlength=clients * len(data.names))
             groups = cells.view(clients, len(data.names))
         return Split(
-            train=samples(data, train, sizes - held),
+            train=dataclasses.replace(samples(data, train, sizes - held), domains=self.domain(torch.arange(clients))),
             test=samples(data, test, held),
             test_x=data.test_x,
             test_y=data.test_y,
@@ -247,7 +251,7 @@ class feature_shift(iid):
             raise DataError(f"feature_shift: samples of type {data.x.dtype} cannot be changed; only real numbers can")
         order, sizes = self.deal(data, clients + self.newcomers, streams)
         domain = torch.empty_like(order)
-        domain[order] = self.domain(torch.repeat_interleave(torch.arange(len(sizes)), sizes))
+        domain[order] = torch.repeat_interleave(torch.arange(len(sizes)), sizes) % self.domains
         x = self._changed(data.x, domain, streams, "partition.noise")
         test_domain = shuffled(len(data.test_x), streams, "partition.domains") % self.domains
         test_x = self._changed(data.test_x, test_domain, streams, "partition.test_noise")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -67,7 +67,7 @@ class Split:
         train = self.train.to(device, dtype)
 
         def moved(part: Samples) -> Samples:
-            shared = Samples(train.x, train.y, part.offsets, part.index) if part.x is self.train.x else part
+            shared = replace(part, x=train.x, y=train.y) if part.x is self.train.x else part
             return shared.to(device, dtype)
 
         newcomers = None if self.newcomers is None else moved(self.newcomers)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from hanse.codecs.base import Codec, identity
 from hanse.core.context import Context
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
-from hanse.core.gradients import Path, paths
+from hanse.core.gradients import GradientPath, paths
 from hanse.core.messages import Reply, Tensors, Upload, framing, wire_size
 from hanse.core.state import ClientState
 from hanse.engines.arrangement import Arrangement, fastest
@@ -41,6 +43,8 @@ class local(Engine):
     """Threads inside one operation."""
     precision: Literal["full", "bf16"] = "full"
     """bf16: forward and backward in bfloat16, weights and updates in full precision."""
+    kept: Literal["memory", "disk"] = "memory"
+    """Where what clients remember between rounds lives: in memory, or in memory-mapped temporary files."""
     shortcuts: bool = True
     """Use exact algebraic shortcuts for plain SGD; they sum in another order, so the last bits differ."""
 
@@ -126,7 +130,7 @@ class LocalNetwork:
         self.taken = torch.zeros(self.clients, dtype=torch.int32)
         self.cohort, self.loss = torch.zeros(0, dtype=torch.long), math.nan
         self.arrangement = engine.fixed()
-        self.paths: dict[str, Path] = paths(self.problem, engine.precision == "bf16")
+        self.paths: dict[str, GradientPath] = paths(self.problem, engine.precision == "bf16")
         if engine.path is not None and engine.path not in self.paths:
             raise ConfigError(f"local.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
         widths = dict.fromkeys(method.keeps, self.problem.shared)
@@ -136,7 +140,9 @@ class LocalNetwork:
             initial["private"] = self.problem.start[self.problem.shared :]
         if self.problem.buffer_layout.size and not self.problem.shares_buffers:
             widths["buffers"], initial["buffers"] = self.problem.buffer_layout.size, self.problem.start_buffers
-        self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial)
+        self._files = tempfile.TemporaryDirectory(prefix="hanse-") if engine.kept == "disk" else None
+        where = Path(self._files.name) if self._files else None
+        self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial, where)
         self.work = (
             self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(self.streams, torch.zeros(1).long()) else 0.0
         )
@@ -147,7 +153,8 @@ class LocalNetwork:
     @property
     def personal(self) -> bool:
         """Whether clients' models differ in private parameters or statistics."""
-        return "private" in self.kept.widths or "buffers" in self.kept.widths
+        shared = self.problem.shared_buffers
+        return "private" in self.kept.widths or "buffers" in self.kept.widths or shared.dim() > 1
 
     # ---- what a schedule sees
 

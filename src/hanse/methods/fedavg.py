@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class FedAvg(Method):
 
     def init(self, problem: Problem) -> State:
         x = problem.start[: problem.shared].clone()
-        shared = {"buffers": problem.start_buffers} if problem.shares_buffers else {}
+        shared = {"buffers": problem.shared_buffers} if problem.shares_buffers else {}
         return {"x": x, **shared, **{f"server.{n}": t for n, t in self.server.slots(x).items()}}
 
     def message(self, state: State) -> Tensors:
@@ -71,5 +72,15 @@ class FedAvg(Method):
     def step(self, state: State, reply: Reply, round: int) -> State:
         x, slots = state["x"], {n: state[f"server.{n}"].clone() for n in self.server.slots(state["x"][:1])}
         d = self.server.direction(reply.mean("delta").neg_(), slots, x)
-        shared = {"buffers": reply.mean("buffers")} if "buffers" in reply.sums else {}
+        shared = {"buffers": mean_buffers(state["buffers"], reply)} if "buffers" in state else {}
         return {**state, **shared, "x": x.sub(d, alpha=self.server_lr), **{f"server.{n}": t for n, t in slots.items()}}
+
+
+def mean_buffers(before: Tensor, reply: Reply) -> Tensor:
+    """The clients' statistics averaged with the reply's weights, ``[Q]``, or within each domain, ``[domains, Q]``."""
+    if before.dim() == 1:
+        return reply.mean("buffers")
+    domain, weight = reply.rows["domain"], reply.weight[:, None]
+    total = torch.zeros_like(before).index_add_(0, domain, weight * reply.rows["buffers"])
+    weights = before.new_zeros(len(before), 1).index_add_(0, domain, weight)
+    return torch.where(weights > 0, total / weights, before)
