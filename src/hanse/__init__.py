@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hanse.experiment import resume as resume
     from hanse.experiment import run as run
     from hanse.federation import Federation as Federation
+    from hanse.track import figures as figures
     from hanse.track.run import Run as Run
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _HOME = {
     **dict.fromkeys(("aggregators", "codecs", "data", "engines", "fleet", "methods", "schedules"), ""),
     **dict.fromkeys(("CheckpointError", "CodecError", "ConfigError", "DataError", "DivergedError", "HanseError"), "core.errors"),
     "tasks": "data",
+    "figures": "track",
     **dict.fromkeys(("dirichlet", "feature_shift", "iid", "natural", "quantity", "shards"), "data.partition"),
     **dict.fromkeys(("resume", "run"), "experiment"),
     "Federation": "federation",
@@ -59,8 +61,8 @@ def __getattr__(name: str) -> Any:
     home = _HOME[name]
     if not home:
         return importlib.import_module(f"hanse.{name}")
-    if name == "tasks":
-        return importlib.import_module("hanse.data.tasks")
+    if name in ("tasks", "figures"):
+        return importlib.import_module(f"hanse.{home}.{name}")
     value = getattr(importlib.import_module(f"hanse.{home}"), name)
     globals()[name] = value
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -13,9 +13,6 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, iid
 from hanse.data.task import Split, Task
 from hanse.fleet.profiles import Fleet, ideal
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Federation:
@@ -65,16 +62,6 @@ class Federation:
         """The clients' samples and the global test set."""
         split = self.partition.split(self.task.data(self.streams), self.clients, self.streams)
         return split.to(self.device, self.dtype)
-
-    def plot(self) -> Figure:
-        """A picture of how the training data are split over the clients, as a matplotlib figure."""
-        from hanse.track.figures import split
-        from hanse.track.run import Run
-
-        clients = {"samples": self.split.train.counts()}
-        if self.split.groups is not None:
-            clients["classes"] = self.split.groups
-        return split(Run("", self.seed, {"partition": str(self.partition)}, [], {}, clients, self.split.names))
 
     @cached_property
     def problem(self) -> Problem:

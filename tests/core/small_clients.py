@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hanse.core.context import Context
-from hanse.core.gradients import Path
+from hanse.core.gradients import GradientPath
 from hanse.core.optim import Optimizer, sgd
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch, Plan, Samples
@@ -47,7 +47,7 @@ def plainly(problem: Problem, w: Tensor, batch: Batch, counts: Sequence[int]) ->
 
 def context(
     problem: Problem,
-    path: Path,
+    path: GradientPath,
     samples: Samples,
     plan: Plan,
     *,

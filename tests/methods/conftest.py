@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hanse as hs
 from hanse.core.context import Context
-from hanse.core.gradients import Path
+from hanse.core.gradients import GradientPath
 from hanse.core.samples import Batch
 from hanse.engines.local import LocalNetwork
 from hanse.track.run import Record
@@ -104,7 +104,7 @@ def follow() -> Follow:
 class Listening:
     """A gradient path that keeps every gradient it hands out."""
 
-    inner: Path
+    inner: GradientPath
     heard: list[Tensor] = field(default_factory=list)
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_PLACE = {dtype: place for place, dtype in enumerate(_DTYPES)}  # safetensors lays tensors out by type in this order, then by name
 
 
 def wire_size(tensors: Mapping[str, Tensor]) -> int:
@@ -34,7 +35,7 @@ def framing(names_and_sizes: Mapping[str, int]) -> int:
 @lru_cache(maxsize=4096)
 def _size(spec: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> int:
     header, end = {}, 0
-    for name, dtype, shape in sorted(spec, key=lambda s: (-s[1].itemsize, s[0])):  # the order in which safetensors lays tensors out
+    for name, dtype, shape in sorted(spec, key=lambda s: (_PLACE[s[1]], s[0])):
         start, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())

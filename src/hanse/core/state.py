@@ -98,13 +98,17 @@ class ClientState:
         """Bring a snapshot back; raises ``CheckpointError`` if it is of other rows."""
         if not self.widths:
             return
-        wrong = [n for n, w in self.widths.items() if n not in saved or saved[n].shape[1:] != (w,)]
+        wrong = [n for n, w in self.widths.items() if n not in saved or saved[n].shape[1:] != (w,) or saved[n].dtype != self.dtype]
         if "owners" not in saved or wrong:
-            raise CheckpointError(f"client state: the checkpoint lacks rows {wrong or ['owners']} of the expected width")
+            raise CheckpointError(f"client state: the checkpoint lacks rows {wrong or ['owners']} of the expected width and type")
+        owners = saved["owners"]
+        fits = owners.dtype == torch.int64 and bool(((owners >= 0) & (owners < len(self.slot))).all())
+        if not fits or len(owners.unique()) < len(owners) or any(saved[n].shape[0] != len(owners) for n in self.widths):
+            raise CheckpointError(f"client state: the checkpoint's rows are not of {len(self.slot)} clients")
         self.slot.fill_(-1)
         self.used = 0
-        if len(saved["owners"]):
-            self.write(saved["owners"], {name: saved[name] for name in self.widths})
+        if len(owners):
+            self.write(owners, {name: saved[name] for name in self.widths})
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,8 @@ def candidates(net: LocalNetwork, cohort: int) -> list[Arrangement]:
     fitting = min(cohort, max(1, BATCH_BYTES // row))
     found = []
     for path in net.paths:
+        if path == "vmap" and "stacked" in net.paths and engine.path is None:
+            continue  # the same products with more overhead, and a second to import what it needs
         chunks = {1} if path == "loop" else {fitting, cohort}
         for chunk in sorted(chunks):
             found += [Arrangement(path, chunk, 1, 1), Arrangement(path, chunk, 1, cores)]

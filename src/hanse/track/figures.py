@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from hanse.federation import Federation
+
 DPI = 150
 NARROW, WIDE = 6.4, 12.0
 """Widths in inches: two narrow pictures go beside each other where one wide one goes."""
@@ -175,6 +177,15 @@ def split(run: Run) -> Figure:
     bar.outline.set_visible(False)
     _title(figure, top, "How the training data are split", _split_text(run, n, int(total.sum())))
     return figure
+
+
+def partition(federation: Federation) -> Figure:
+    """``split`` of a federation that has not run."""
+    clients = {"samples": federation.split.train.counts()}
+    if federation.split.groups is not None:
+        clients["classes"] = federation.split.groups
+    settings = {"partition": str(federation.partition)}
+    return split(Run("", federation.seed, settings, [], {}, clients, federation.split.names))
 
 
 def _split_text(run: Run, clients: int, samples: int) -> str:
