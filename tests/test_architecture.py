@@ -22,14 +22,14 @@ MAY_IMPORT = {
     "schedules": BELOW | {"methods.base"},
     "federation": {"core", "data", "fleet"},
     "engines": BELOW | {"federation", "methods.base", "schedules.network"},
-    "track": {"core"},
+    "track": {"core", "data"},
     "config": BELOW | {"federation", "methods", "schedules", "engines"},
     "catalogue": BELOW | {"methods", "schedules", "engines"},
     "systems": set(),
     "experiment": BELOW | {"federation", "methods", "schedules", "engines", "config", "track"},
     "study": BELOW | {"federation", "methods", "schedules", "engines", "config", "track", "experiment"},
 }
-"""Module prefixes below ``hanse`` that each room may import besides itself. The rooms left out are entrances: they may import all."""
+"""Module prefixes below ``hanse`` that each room may import besides itself. Rooms left out are entrances and may import all."""
 
 ENTRANCES = {"__init__", "cli", "bench", "reproduce"}
 

@@ -26,7 +26,10 @@ def batch_of(counts: Sequence[int], x: Tensor, y: Tensor, step: int = 0) -> Batc
     clients, width = len(counts), max(counts)
     n = torch.tensor(counts)[:, None]
     real = torch.arange(width) < n
-    x, y = x[: clients * width].view(clients, width, *x.shape[1:]).clone(), y[: clients * width].view(clients, width, *y.shape[1:]).clone()
+    x, y = (
+        x[: clients * width].view(clients, width, *x.shape[1:]).clone(),
+        y[: clients * width].view(clients, width, *y.shape[1:]).clone(),
+    )
     for i, count in enumerate(counts):
         x[i, count:], y[i, count:] = x[i, 0], y[i, 0]
     weight = None if bool(real.all()) else (real.double() / n).to(x.dtype if x.is_floating_point() else torch.float64)
@@ -67,9 +70,7 @@ def context(
     message = message or {"x": problem.start[: problem.shared].clone()}
     if problem.shares_buffers:
         message.setdefault("buffers", problem.start_buffers)
-    return Context(
-        problem, path, samples, Streams(seed), round, ids, message, state or {}, plan, lr, local or sgd(), clip, totals
-    )
+    return Context(problem, path, samples, Streams(seed), round, ids, message, state or {}, plan, lr, local or sgd(), clip, totals)
 
 
 def plain(ctx: Context, w: Tensor, batch: Batch) -> Tensor:

@@ -32,7 +32,9 @@ def test_ragged_clients_with_integer_samples_are_weighted_in_full_precision() ->
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("plan", [Plan(batch=4, epochs=2), Plan(batch=4, steps=5), Plan(batch=100)], ids=["epochs", "steps", "full"])
+@pytest.mark.parametrize(
+    "plan", [Plan(batch=4, epochs=2), Plan(batch=4, steps=5), Plan(batch=100)], ids=["epochs", "steps", "full"]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", PATHS)
 def test_ragged_clients_together_equal_one_at_a_time(name: str, dtype: torch.dtype, tolerance: float, plan: Plan) -> None:
@@ -148,9 +150,17 @@ def test_training_leaves_the_model_it_was_handed_alone(work: Callable[[Context],
 
 def test_gradients_are_clipped_row_by_row() -> None:
     problem, samples = made()
-    batch = next(iter(Plan(batch=1, shuffle=False).batches(samples, torch.arange(5), context(problem, paths(problem)["loop"], samples, Plan()).streams, 0)))[1]
+    batch = next(
+        iter(
+            Plan(batch=1, shuffle=False).batches(
+                samples, torch.arange(5), context(problem, paths(problem)["loop"], samples, Plan()).streams, 0
+            )
+        )
+    )[1]
     w = problem.start.expand(5, -1).clone()
-    free, held = (context(problem, paths(problem)["vmap"], samples, Plan(batch=1), clip=clip).grad(w, batch) for clip in (None, 1.5))
+    free, held = (
+        context(problem, paths(problem)["vmap"], samples, Plan(batch=1), clip=clip).grad(w, batch) for clip in (None, 1.5)
+    )
     norms = free.norm(dim=1)
     assert float(norms.min()) < 1.5 < float(norms.max())
     torch.testing.assert_close(held.norm(dim=1), norms.clamp(max=1.5))

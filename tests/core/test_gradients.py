@@ -24,7 +24,9 @@ def problem_of(model: nn.Module, loss: PerSample = cross_entropy, dtype: torch.d
 def rows(problem: Problem, clients: int) -> Tensor:
     """Different weights for every client."""
     generator = torch.Generator().manual_seed(1)
-    return problem.start + 0.5 * torch.randn(clients, problem.layout.size, generator=generator, dtype=torch.float64).to(problem.dtype)
+    return problem.start + 0.5 * torch.randn(clients, problem.layout.size, generator=generator, dtype=torch.float64).to(
+        problem.dtype
+    )
 
 
 def no_buffers(problem: Problem, clients: int) -> Tensor:
@@ -135,7 +137,13 @@ def test_other_models_agree_on_loop_and_vmap(case: str) -> None:
 def test_one_client_with_large_layers_takes_the_unbatched_products() -> None:
     torch.manual_seed(0)
     problem = problem_of(chain([9, 30, 4], [nn.Sigmoid]))
-    check(problem, batch_of([6], torch.randn(6, 9, dtype=torch.float64), torch.randint(4, (6,))), [6], 1e-12, {"loop", "vmap", "stacked"})
+    check(
+        problem,
+        batch_of([6], torch.randn(6, 9, dtype=torch.float64), torch.randint(4, (6,))),
+        [6],
+        1e-12,
+        {"loop", "vmap", "stacked"},
+    )
 
 
 class Residual(nn.Sequential):
@@ -148,7 +156,11 @@ def test_a_chain_is_only_what_really_is_one() -> None:
     relu, linear = nn.ReLU(), nn.Linear(4, 4)
     shared_activation = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2))
     layers = linear_chain(problem_of(shared_activation))
-    assert layers is not None and [(name, bool(act)) for name, _, act in layers] == [("0.weight", True), ("2.weight", True), ("4.weight", False)]
+    assert layers is not None and [(name, bool(act)) for name, _, act in layers] == [
+        ("0.weight", True),
+        ("2.weight", True),
+        ("4.weight", False),
+    ]
     others = {
         "a layer used twice": nn.Sequential(linear, nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), linear),
         "an activation at the end": nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
@@ -175,7 +187,9 @@ def test_frozen_parameters_get_no_gradient() -> None:
     torch.manual_seed(0)
     problem = Problem(chain([4, 5, 3], [nn.ReLU]), frozen=["0.*"], dtype=torch.float64)
     assert problem.layout.size == 5 * 3 + 3
-    check(problem, batch_of(COUNTS, torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))), COUNTS, 1e-12, {"loop", "vmap"})
+    check(
+        problem, batch_of(COUNTS, torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))), COUNTS, 1e-12, {"loop", "vmap"}
+    )
 
 
 def test_batch_norm_runs_on_the_loop_alone_and_on_real_samples_alone() -> None:

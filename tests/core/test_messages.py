@@ -21,7 +21,9 @@ tensors = st.builds(
 @example({"x": torch.zeros(())})
 @example({"a": torch.zeros(1, dtype=torch.int32), "b": torch.zeros(1000)})
 @example({"b": torch.zeros(1, dtype=torch.float64), "a": torch.zeros(999, dtype=torch.int64), "c": torch.zeros(12345)})
-@example({"h": torch.zeros(3, dtype=torch.float16), "b": torch.zeros(1001, dtype=torch.bfloat16), "i": torch.zeros(9, dtype=torch.int16)})
+@example(
+    {"h": torch.zeros(3, dtype=torch.float16), "b": torch.zeros(1001, dtype=torch.bfloat16), "i": torch.zeros(9, dtype=torch.int16)}
+)
 @example({'"quoted"\\\n\x7f\x01': torch.zeros(2), "\u00e4\U0001f600": torch.zeros(3)})
 def test_wire_size_is_the_length_of_the_file(message: dict[str, Tensor]) -> None:
     assert wire_size(message) == len(save(message))

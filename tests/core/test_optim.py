@@ -108,7 +108,14 @@ def test_a_number_is_a_constant_rate() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["FedAvg(lr=0)", "FedAvg(lr=-1)", "FedAvg(lr=True)", "FedAvg(local=sgd(momentum=1))", "FedAvg(local=adamw(eps=0))", "FedAvg(clip=0)"],
+    [
+        "FedAvg(lr=0)",
+        "FedAvg(lr=-1)",
+        "FedAvg(lr=True)",
+        "FedAvg(local=sgd(momentum=1))",
+        "FedAvg(local=adamw(eps=0))",
+        "FedAvg(clip=0)",
+    ],
 )
 def test_values_out_of_range_are_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="not allowed"):

@@ -27,7 +27,11 @@ def test_every_part_reads_back_from_its_text(part: type[Part]) -> None:
     assert kind.parse(one.full()) == one
 
 
-@given(st.floats(min_value=1e-300, exclude_max=True, max_value=float("inf"), allow_infinity=False), st.integers(1, 10**9), st.booleans())
+@given(
+    st.floats(min_value=1e-300, exclude_max=True, max_value=float("inf"), allow_infinity=False),
+    st.integers(1, 10**9),
+    st.booleans(),
+)
 def test_values_survive_exactly(lr: float, batch: int, shuffle: bool) -> None:
     rule = hs.methods.FedAvg(lr=lr, batch=batch, shuffle=shuffle, local="sgd(momentum=0.9)", clip=lr)
     assert hs.methods.Method.parse(rule.full()) == rule == hs.methods.Method.parse(str(rule))

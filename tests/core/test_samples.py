@@ -113,7 +113,7 @@ def test_orders_are_uniform() -> None:
 
 def test_unequal_batches_are_padded_with_weight_zero() -> None:
     samples = numbered([3, 2])
-    (active, batch), = Plan(batch=4, shuffle=False).batches(samples, torch.arange(2), Streams(0), 0)
+    ((active, batch),) = Plan(batch=4, shuffle=False).batches(samples, torch.arange(2), Streams(0), 0)
     assert active == 2 and batch.weight is not None
     torch.testing.assert_close(batch.weight, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]], dtype=torch.float64))
 
@@ -125,6 +125,8 @@ def test_no_clients_no_batches() -> None:
 @pytest.mark.parametrize("index", [False, True])
 def test_samples_of_one_client(index: bool) -> None:
     samples = numbered([2, 3, 1], index)
-    assert samples.clients == 3 and samples.counts().tolist() == [2, 3, 1] and samples.counts(torch.tensor([2, 0])).tolist() == [1, 2]
+    assert (
+        samples.clients == 3 and samples.counts().tolist() == [2, 3, 1] and samples.counts(torch.tensor([2, 0])).tolist() == [1, 2]
+    )
     assert [samples.of(i)[1].tolist() for i in range(3)] == [[0, 1], [2, 3, 4], [5]]
     assert samples.to("cpu", torch.float32).x.dtype == torch.float32 and samples.to("cpu", torch.float32).y.dtype == torch.int64

@@ -93,8 +93,24 @@ def test_a_snapshot_brings_everything_back(state: ClientState) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"c": None}, {"owners": None}, {"c": torch.zeros(1, 4)}, {"owners": torch.tensor([11])}, {"owners": torch.tensor([-1])}, {"owners": torch.zeros(2).long()}, {"owners": torch.zeros(1)}],
-    ids=["rows missing", "owners missing", "other width", "no such client", "negative client", "two owners of one row", "fractions"],
+    [
+        {"c": None},
+        {"owners": None},
+        {"c": torch.zeros(1, 4)},
+        {"owners": torch.tensor([11])},
+        {"owners": torch.tensor([-1])},
+        {"owners": torch.zeros(2).long()},
+        {"owners": torch.zeros(1)},
+    ],
+    ids=[
+        "rows missing",
+        "owners missing",
+        "other width",
+        "no such client",
+        "negative client",
+        "two owners of one row",
+        "fractions",
+    ],
 )
 def test_a_snapshot_of_something_else_is_refused(change: dict[str, torch.Tensor | None]) -> None:
     state = ClientState(10, WIDTHS)

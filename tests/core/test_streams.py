@@ -63,7 +63,7 @@ def test_purposes_are_uncorrelated() -> None:
 
 def test_uniform_moments_and_open_interval() -> None:
     u = Streams(1).uniform("u", PEOPLE, n=400)
-    assert 0 < float(u.min()) and float(u.max()) < 1
+    assert float(u.min()) > 0 and float(u.max()) < 1
     assert float(u.mean()) == pytest.approx(1 / 2, abs=4 * (1 / 12 / u.numel()) ** 0.5)
     assert float(u.var()) == pytest.approx(1 / 12, rel=0.01)
     assert torch.histc(u, 16, 0, 1).div(u.numel() / 16).sub(1).abs().max() < 0.04
@@ -85,7 +85,7 @@ def test_sample_is_distinct_sorted_and_in_range(population: int, data: st.DataOb
     drawn = Streams(5).sample("cohort", population, k, round)
     assert len(drawn) == k
     assert bool((drawn.diff() > 0).all())
-    assert 0 <= int(drawn[0]) and int(drawn[-1]) < population
+    assert int(drawn[0]) >= 0 and int(drawn[-1]) < population
 
 
 def test_sample_is_uniform() -> None:

@@ -11,7 +11,9 @@ from hanse.methods.one_by_one import OneByOne
 class TwoOptimisers(OneByOne):
     """Another optimiser for each layer, which no flat-vector optimiser offers; both are plain SGD here, so the result is FedAvg's."""
 
-    def train_one(self, model: nn.Module, data: tuple[Tensor, Tensor], message: Tensors, lr: float, generator: torch.Generator) -> float:
+    def train_one(
+        self, model: nn.Module, data: tuple[Tensor, Tensor], message: Tensors, lr: float, generator: torch.Generator
+    ) -> float:
         first, last = model[0], model[2]
         optimisers = [torch.optim.SGD(part.parameters(), lr) for part in (first, last)]
         losses = []

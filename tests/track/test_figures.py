@@ -5,6 +5,7 @@ import torch
 from made_runs import run
 from matplotlib.colors import to_hex
 
+import hanse as hs
 from hanse.core.errors import ConfigError, DataError
 from hanse.track.figures import COLOURS, curves, draw_all, participation, per_client, save_all, split
 
@@ -233,3 +234,11 @@ def test_runs_without_a_single_round_give_the_split_alone():
     one = run(accuracies=[])
     one.clients.pop("rounds")
     assert list(draw_all([one])) == ["split"]
+
+
+def test_a_partition_can_be_drawn_before_anything_runs():
+    fed = hs.Federation(hs.tasks.digits(), clients=12, partition=hs.dirichlet(0.3))
+    figure = hs.figures.partition(fed.split)
+    samples, shares = figure.axes[:2]
+    assert sum(bar.get_height() for bar in samples.patches) == fed.split.train.counts().sum()
+    assert shares.images[0].get_array().shape == (10, 12)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hanse.federation import Federation
+    from hanse.data.task import Split
 
 DPI = 150
 NARROW, WIDE = 6.4, 12.0
@@ -179,13 +179,12 @@ def split(run: Run) -> Figure:
     return figure
 
 
-def partition(federation: Federation) -> Figure:
-    """``split`` of a federation that has not run."""
-    clients = {"samples": federation.split.train.counts()}
-    if federation.split.groups is not None:
-        clients["classes"] = federation.split.groups
-    settings = {"partition": str(federation.partition)}
-    return split(Run("", federation.seed, settings, [], {}, clients, federation.split.names))
+def partition(data: Split) -> Figure:
+    """``split`` of a federation's data (``federation.split``) before anything has run."""
+    clients = {"samples": data.train.counts()}
+    if data.groups is not None:
+        clients["classes"] = data.groups
+    return split(Run("", 0, {}, [], {}, clients, data.names))
 
 
 def _split_text(run: Run, clients: int, samples: int) -> str:
