@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from hanse.core.messages import _DTYPES, Reply, framing, wire_size
+from hanse.core.messages import _DTYPES, Reply, wire_size
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda n: n != "__metadata__")
 tensors = st.builds(
@@ -30,8 +30,8 @@ def test_wire_size_is_the_length_of_the_file(message: dict[str, Tensor]) -> None
 
 
 @given(st.dictionaries(names, st.integers(0, 3000), max_size=4))
-def test_framing_is_that_of_byte_arrays(sizes: dict[str, int]) -> None:
-    assert framing(sizes) == len(save({n: torch.zeros(k, dtype=torch.uint8) for n, k in sizes.items()}))
+def test_encoded_arrays_count_as_byte_arrays(sizes: dict[str, int]) -> None:
+    assert wire_size({}, sizes) == len(save({n: torch.zeros(k, dtype=torch.uint8) for n, k in sizes.items()}))
 
 
 def test_the_mean_is_weighted() -> None:

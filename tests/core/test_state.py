@@ -84,7 +84,7 @@ def test_a_snapshot_brings_everything_back(state: ClientState) -> None:
     state.write(torch.tensor([8, 1, 4]), rows(1, 2, 3))
     saved = state.snapshot()
     expected = state.read(torch.arange(10))
-    state.write(torch.tensor([4, 0]), rows(9, 9))  # must not reach what was saved
+    state.write(torch.tensor([4, 1]), rows(9, 9))  # must not reach what was saved
     for other in (state, ClientState(10, WIDTHS, initial=START)):
         other.restore(saved)
         assert all(torch.equal(v, expected[n]) for n, v in other.read(torch.arange(10)).items())

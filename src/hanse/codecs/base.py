@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hanse.core.errors import CodecError
 from hanse.core.part import Part
 
 
@@ -15,6 +16,8 @@ class Codec(Part):
 
     kind: ClassVar[str] = "codec"
     abstract: ClassVar[bool] = True
+    plain: ClassVar[bool] = False
+    """Whether tensors travel as they are."""
 
     def encode(self, x: Tensor) -> bytes:
         """A vector ``[P]`` as bytes."""
@@ -33,21 +36,24 @@ class Codec(Part):
 class identity(Codec):
     """The tensors as they are: message bytes are those of the safetensors file."""
 
+    plain: ClassVar[bool] = True
+
     def encode(self, x: Tensor) -> bytes:
         from safetensors.torch import save
 
         return save({"x": x.contiguous()})
 
     def decode(self, data: bytes) -> Tensor:
-        return read(data, ("x",))["x"]
+        x = read(data, ("x",))["x"]
+        if x.dim() != 1:
+            raise CodecError(f"identity: got shape {tuple(x.shape)}, expected a vector")
+        return x
 
 
 def read(data: bytes, names: tuple[str, ...]) -> dict[str, Tensor]:
     """A safetensors file with exactly the given names; raises ``CodecError`` otherwise."""
     from safetensors import SafetensorError
     from safetensors.torch import load
-
-    from hanse.core.errors import CodecError
 
     try:
         tensors: dict[str, Tensor] = load(data)

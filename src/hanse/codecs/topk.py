@@ -40,8 +40,9 @@ class topk(Codec):
         ):
             raise CodecError("topk: places, values and size do not fit together")
         n = int(size)
-        if len(place) != self._kept(n) or (len(place) and not 0 <= int(place.min()) <= int(place.max()) < n):
-            raise CodecError(f"topk: {len(place)} places do not fit {n} entries at fraction {self.fraction}")
+        rising = bool((place.diff() > 0).all())
+        if len(place) != self._kept(n) or not rising or (len(place) and not 0 <= int(place[0]) <= int(place[-1]) < n):
+            raise CodecError(f"topk: {len(place)} places do not fit {n} entries at fraction {self.fraction}, or are not in order")
         return torch.zeros(n, dtype=value.dtype).index_copy_(0, place.long(), value)
 
     def roundtrip(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,14 +22,13 @@ _DTYPES = {
 _PLACE = {dtype: place for place, dtype in enumerate(_DTYPES)}  # safetensors lays tensors out by type in this order, then by name
 
 
-def wire_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the safetensors file that holds ``tensors``; equal to ``len(safetensors.torch.save(tensors))``."""
-    return _size(tuple((n, t.dtype, tuple(t.shape)) for n, t in tensors.items()))
+def wire_size(tensors: Mapping[str, Tensor], coded: Mapping[str, int] | None = None) -> int:
+    """Bytes of the safetensors file that holds ``tensors``; equal to ``len(safetensors.torch.save(tensors))``.
 
-
-def framing(names_and_sizes: Mapping[str, int]) -> int:
-    """Bytes of a file that holds encoded tensors, each a ``uint8`` array of the given length."""
-    return _size(tuple((n, torch.uint8, (size,)) for n, size in names_and_sizes.items()))
+    ``coded`` adds arrays of encoded bytes of the given lengths.
+    """
+    arrays = tuple((n, torch.uint8, (size,)) for n, size in coded.items()) if coded else ()
+    return _size(tuple((n, t.dtype, tuple(t.shape)) for n, t in tensors.items()) + arrays)
 
 
 @lru_cache(maxsize=4096)

@@ -92,7 +92,7 @@ class ClientState:
         owners = torch.empty(self.used, dtype=torch.int64)
         held = (self.slot >= 0).nonzero().squeeze(1)
         owners[self.slot[held].long()] = held
-        return {"owners": owners, **{name: rows[: self.used].cpu() for name, rows in self.rows.items()}}
+        return {"owners": owners, **{name: rows[: self.used].to("cpu", copy=True) for name, rows in self.rows.items()}}
 
     def restore(self, saved: Tensors) -> None:
         """Bring a snapshot back; raises ``CheckpointError`` if it is of other rows."""
@@ -103,7 +103,7 @@ class ClientState:
             raise CheckpointError(f"client state: the checkpoint lacks rows {wrong or ['owners']} of the expected width and type")
         owners = saved["owners"]
         fits = owners.dtype == torch.int64 and bool(((owners >= 0) & (owners < len(self.slot))).all())
-        if not fits or len(owners.unique()) < len(owners) or any(saved[n].shape[0] != len(owners) for n in self.widths):
+        if not fits or len(set(owners.tolist())) < len(owners) or any(saved[n].shape[0] != len(owners) for n in self.widths):
             raise CheckpointError(f"client state: the checkpoint's rows are not of {len(self.slot)} clients")
         self.slot.fill_(-1)
         self.used = 0

@@ -65,7 +65,8 @@ class Streams:
 
     def sample(self, purpose: str, population: int, k: int, round: int) -> Tensor:
         """``k`` distinct numbers below ``population``, uniformly drawn, sorted; for small ``k`` in time and memory of order k."""
-        drawn = self.numpy(purpose, round=round).choice(population, k, replace=False, shuffle=False)
+        generator = np.random.Generator(np.random.Philox(key=self._seed64(purpose, 0, round)))  # seeding by key costs no hashing
+        drawn = generator.choice(population, k, replace=False, shuffle=False)
         drawn.sort()
         return torch.from_numpy(drawn).to(self.device)
 

@@ -108,6 +108,8 @@ class _Memory:
             str(net.plan),
             str(net.method.local),
             str(net.engine),
+            ",".join(net.paths),
+            f"{net.problem.shared} of {net.problem.layout.size}",
             str(net.codec),
             str(net.problem.model),
             str(net.problem.dtype),

@@ -75,7 +75,7 @@ def _virtual(net: LocalNetwork, cohort: int, down: int, up: float) -> float:
     slowest = []
     for t in range(min(PROBED_ROUNDS, net.total_rounds)):
         ids = net.streams.sample("cohort", net.clients, cohort, t)
-        profile = net.federation.fleet.profile(net.streams, ids)
+        profile = net.federation.fleet.profile(net.federation.streams, ids)
         if profile is None:
             return 0.0
         flops = net.work * net.plan.seen(net.samples.counts(ids))

@@ -9,20 +9,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from hanse.codecs.base import Codec, identity
+from hanse.codecs.base import Codec
 from hanse.core.context import Context
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import GradientPath, paths
-from hanse.core.messages import Reply, Tensors, Upload, framing, wire_size
+from hanse.core.messages import Reply, Tensors, Upload, wire_size
 from hanse.core.state import ClientState
 from hanse.engines.arrangement import Arrangement, fastest
 from hanse.engines.base import Engine
@@ -71,21 +72,19 @@ class Executed(NamedTuple):
     kept: list[tuple[Tensor, Tensors]]
 
 
-def merged(lanes: list[Executed]) -> Executed:
-    """The workers' results as one, in the order of the workers."""
-    replies = [lane.reply for lane in lanes]
-    sums = replies[0].sums
-    for reply in replies[1:]:
-        for name, total in reply.sums.items():
-            sums[name].add_(total)
-    whole = replace(
-        replies[0],
-        clients=torch.cat([r.clients for r in replies]),
-        weight=torch.cat([r.weight for r in replies]),
-        rows={name: torch.cat([r.rows[name] for r in replies]) for name in replies[0].rows},
-        loss=torch.cat([r.loss for r in replies]),
-    )
-    return Executed(whole, torch.cat([lane.bytes_up for lane in lanes]), [pair for lane in lanes for pair in lane.kept])
+@dataclass
+class Lane:
+    """What one worker has done so far: running sums, and its batches' uploads, bytes and rows to keep."""
+
+    sums: Tensors = field(default_factory=dict)
+    uploads: list[Upload] = field(default_factory=list)
+    bytes_up: list[Tensor] = field(default_factory=list)
+    kept: list[tuple[Tensor, Tensors]] = field(default_factory=list)
+
+
+def alike(one: Tensors, other: Tensors) -> bool:
+    """Whether names, shapes and types agree."""
+    return {n: (t.shape, t.dtype) for n, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
 
 
 @cache
@@ -144,7 +143,7 @@ class LocalNetwork:
         where = Path(self._files.name) if self._files else None
         self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial, where)
         self.work = (
-            self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(self.streams, torch.zeros(1).long()) else 0.0
+            self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(federation.streams, torch.zeros(1).long()) else 0.0
         )
         self.state: State = {}
         self.stopping = False
@@ -159,8 +158,11 @@ class LocalNetwork:
     # ---- what a schedule sees
 
     def begin(self, state: State) -> State:
-        self.state = {**state, **self.state}  # a resumed run brought its own
-        return self.state
+        if not self.state:
+            self.state = state
+        elif not alike(state, self.state):
+            raise CheckpointError("the checkpoint does not belong to this run: another rule, or another type of weights")
+        return self.state  # a resumed run brought its own
 
     def rounds(self) -> Iterator[int]:
         while self.round < self.total_rounds and not self.stopping:
@@ -176,11 +178,11 @@ class LocalNetwork:
             self.arrangement = fastest(self, clients, work, message)
             self.engine = local(**{**dict(self.engine), **self.arrangement._asdict()})
         reply, bytes_up, kept = self.execute(clients, work, message, self.arrangement)
-        self.loss = float((reply.loss * reply.weight).sum() / reply.weight.sum())
+        self.loss = float(reply.loss @ reply.weight / reply.weight.sum())
         if not math.isfinite(self.loss):
             bad = int(reply.clients[~torch.isfinite(reply.loss)][0])
             raise DivergedError(
-                f"training loss of client {bad} in round {self.round} is not finite; lower lr ({self.method.lr}) or set clip"
+                f"training loss of client {bad} in round {self.round + 1} is not finite; lower lr ({self.method.lr}) or set clip"
             )
         for ids, rows in kept:  # only now: a round that fails leaves what clients remember as it was
             self.kept.write(ids, rows)
@@ -193,27 +195,24 @@ class LocalNetwork:
 
     def snapshot(self) -> Tensors:
         """Everything from which ``restore`` goes on identically, as named tensors."""
-        costs = (
-            torch.tensor([self.traffic.seconds], dtype=torch.float64),
-            torch.tensor([self.round, self.traffic.down, self.traffic.up]),
-        )
         return {
             **{f"state.{n}": t for n, t in self.state.items()},
             **{f"kept.{n}": t for n, t in self.kept.snapshot().items()},
-            "taken": self.taken,
-            "seconds": costs[0],
-            "counters": costs[1],
+            "taken": self.taken.clone(),
+            "seconds": torch.tensor([self.traffic.seconds], dtype=torch.float64),
+            "counters": torch.tensor([self.round, self.traffic.down, self.traffic.up]),
         }
 
     def restore(self, saved: Tensors) -> None:
         """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
         part = {p: {n[len(p) :]: t for n, t in saved.items() if n.startswith(p)} for p in ("state.", "kept.")}
+        own = {n: t for n, t in self.snapshot().items() if n in ("taken", "seconds", "counters")}
         x = part["state."].get("x")
-        if "counters" not in saved or x is None or x.shape != (self.problem.shared,) or len(saved["taken"]) != self.clients:
+        if x is None or x.shape != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
             raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
         self.state = {n: t.to(self.problem.device) for n, t in part["state."].items()}
         self.kept.restore(part["kept."])
-        self.taken = saved["taken"]
+        self.taken = saved["taken"].clone()
         self.round, down, up = map(int, saved["counters"])
         self.traffic = Traffic(float(saved["seconds"]), down, up)
 
@@ -229,21 +228,33 @@ class LocalNetwork:
             clients = clients[torch.from_numpy((-steps).argsort(kind="stable"))]  # those still at work are always the first ones
         torch.set_num_threads(how.threads)
         batches = [clients[i : i + how.chunk] for i in range(0, len(clients), how.chunk)]
-        if how.workers == 1 or len(batches) == 1:
-            return self._lane(batches, work, message, how)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
-        lanes = [batches[i :: how.workers] for i in range(min(how.workers, len(batches)))]
-        done = list(self._pool.map(lambda lane: self._lane(lane, work, message, how), lanes))
-        return merged(done)
+        workers = min(how.workers, len(batches))
+        if workers == 1:
+            lanes = [self._lane(batches, work, message, how)]
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
+            shares = [batches[i::workers] for i in range(workers)]
+            lanes = list(self._pool.map(lambda share: self._lane(share, work, message, how), shares))
+        sums, uploads = lanes[0].sums, [upload for lane in lanes for upload in lane.uploads]
+        for lane in lanes[1:]:
+            for name, total in lane.sums.items():
+                sums[name].add_(total)
+        reply = Reply(
+            clients=torch.cat([u.clients for u in uploads]),
+            weight=torch.cat([u.weight for u in uploads]),
+            sums=sums,
+            rows={name: torch.cat([u.rows[name] for u in uploads]) for name in uploads[0].rows},
+            loss=torch.cat([u.loss for u in uploads]),
+            population=self.clients,
+            version=self.round,
+        )
+        sizes = torch.cat([size for lane in lanes for size in lane.bytes_up])
+        return Executed(reply, sizes, [pair for lane in lanes for pair in lane.kept])
 
-    def _lane(self, batches: list[Tensor], work: str, message: Tensors, how: Arrangement) -> Executed:
+    def _lane(self, batches: list[Tensor], work: str, message: Tensors, how: Arrangement) -> Lane:
         """One worker's batches of clients: train, encode, and add up what only sums are needed of."""
-        plain = isinstance(self.codec, identity)
-        sums: Tensors = {}
-        uploads: list[Upload] = []
-        sizes: list[Tensor] = []
-        kept: list[tuple[Tensor, Tensors]] = []
+        lane, train = Lane(), getattr(self.method, work)
         for ids in batches:
             state = self.kept.read(ids) if self.kept.widths else {}
             ctx = Context(
@@ -259,50 +270,36 @@ class LocalNetwork:
                 lr=self.method.lr.at(self.round),
                 local=self.method.local,
                 clip=self.method.clip,
-                totals=sums if plain and self.engine.shortcuts else None,
+                totals=lane.sums if self.codec.plain and self.engine.shortcuts else None,
             )
-            upload: Upload = getattr(self.method, work)(ctx)
-            sizes.append(self._raw_size(upload) if plain else self._encode(upload))
+            upload: Upload = train(ctx)
+            lane.bytes_up.append(self._encode(upload))
             for name, values in upload.sums.items():
                 if values.dim() > 1:
-                    sums[name] = sums[name].addmv_(values.t(), upload.weight) if name in sums else upload.weight @ values
+                    known = lane.sums.get(name)
+                    lane.sums[name] = upload.weight @ values if known is None else known.addmv_(values.t(), upload.weight)
             upload.sums = {}  # rows of a finished batch need not stay in memory
+            lane.uploads.append(upload)
             if state:
-                kept.append((ids, state))
-            uploads.append(upload)
-        if len(uploads) == 1:
-            last = uploads[0]
-            return Executed(Reply(last.clients, last.weight, sums, last.rows, last.loss, self.clients, self.round), sizes[0], kept)
-        reply = Reply(
-            clients=torch.cat([u.clients for u in uploads]),
-            weight=torch.cat([u.weight for u in uploads]),
-            sums=sums,
-            rows={name: torch.cat([u.rows[name] for u in uploads]) for name in uploads[0].rows},
-            loss=torch.cat([u.loss for u in uploads]),
-            population=self.clients,
-            version=self.round,
-        )
-        return Executed(reply, torch.cat(sizes), kept)
-
-    def _raw_size(self, upload: Upload) -> Tensor:
-        """Bytes of every client's message, int64 ``[C]``, as plain tensors."""
-        one = {n: t if t.dim() == 1 else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
-        return torch.full((len(upload.clients),), wire_size({**one, "weight": upload.weight[:1], "loss": upload.loss[:1]}))
+                lane.kept.append((ids, state))
+        return lane
 
     def _encode(self, upload: Upload) -> Tensor:
         """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``."""
-        lengths: dict[str, list[int]] = {}
+        scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
+        if self.codec.plain:
+            one = {n: t if t.dim() == 1 else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
+            return torch.full((len(upload.clients),), wire_size({**one, **scalars}))
+        lengths: dict[str, Tensor] = {}
         for group in (upload.sums, upload.rows):
             for name, values in group.items():
-                group[name], sizes = self.codec.roundtrip(values)
-                lengths[name] = sizes.tolist()
-        scalars = wire_size({"weight": upload.weight[:1], "loss": upload.loss[:1]})
-        return torch.tensor(
-            [framing(dict(zip(lengths, each, strict=True))) + scalars for each in zip(*lengths.values(), strict=True)]
-        )
+                group[name], lengths[name] = self.codec.roundtrip(values)
+        kinds, of = np.unique(torch.stack([*lengths.values()], 1).numpy(), axis=0, return_inverse=True)
+        sizes = [wire_size(scalars, dict(zip(lengths, map(int, kind), strict=True))) for kind in kinds]
+        return torch.tensor(sizes)[torch.from_numpy(of).view(-1)]
 
     def _account(self, clients: Tensor, down: int, up: Tensor) -> None:
-        seconds, profile = self.traffic.seconds, self.federation.fleet.profile(self.streams, clients)
+        seconds, profile = self.traffic.seconds, self.federation.fleet.profile(self.federation.streams, clients)
         if profile is not None:
             flops = self.work * self.plan.seen(self.samples.counts(clients))
             seconds += float(profile.seconds(flops, down, up).max())
