@@ -55,7 +55,7 @@ class Context:
         self.private = self.state.get("private")
         buffers = self.state.get("buffers", self.message.get("buffers", problem.start_buffers))
         if "buffers" not in self.state:  # the server's, one for all or one a domain
-            buffers = buffers.repeat(everyone, 1) if buffers.dim() == 1 else buffers[self.domain]
+            buffers = buffers.expand(everyone, -1).clone() if buffers.dim() == 1 else buffers[self.domain]
         self.buffers = buffers
         self.loss = torch.zeros(everyone, dtype=problem.dtype, device=problem.device)
 

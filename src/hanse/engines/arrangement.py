@@ -60,11 +60,10 @@ def candidates(net: LocalNetwork, cohort: int) -> list[Arrangement]:
 
 def fastest(net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> Arrangement:
     """The arrangement remembered for this work on this machine, or the fastest one, by timing each on some of ``clients``."""
-    memory = _Memory(net, len(clients))
+    memory, options = _Memory(net, len(clients)), candidates(net, len(clients))
     known = memory.read()
-    if known is not None:
+    if known in options:
         return known
-    options = candidates(net, len(clients))
     if len(options) > 1:
         best = min(options, key=_Trial(net, clients, work, message))
         memory.write(best)

@@ -143,7 +143,9 @@ class LocalNetwork:
         where = Path(self._files.name) if self._files else None
         self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial, where)
         self.work = (
-            self.problem.sample_flops(self.samples.x[:1]) if federation.fleet.profile(federation.streams, torch.zeros(1).long()) else 0.0
+            self.problem.sample_flops(self.samples.x[:1])
+            if federation.fleet.profile(federation.streams, torch.zeros(1).long())
+            else 0.0
         )
         self.state: State = {}
         self.stopping = False
