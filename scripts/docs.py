@@ -9,12 +9,12 @@ import importlib
 import inspect
 import re
 import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.nav import Navigation, Section
 from mkdocs.structure.pages import Page
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
@@ -22,11 +22,21 @@ from typer.testing import CliRunner
 from hanse.catalogue import KINDS
 from hanse.cli import app
 from hanse.config import Settings
-from hanse.core.part import Part
 from hanse.methods.base import Method
 from hanse.systems import SYSTEMS
 
+WIDE = "---\nhide:\n  - toc\n---"
+"""Front matter of pages with long lines: no table of contents beside them."""
+
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List the pages of the rules in the section 'Methods'."""
+    assert config.nav is not None
+    (methods,) = (item["Methods"] for item in config.nav if "Methods" in item)
+    methods += [{", ".join(rules): f"methods/{module}.md"} for module, rules in families().items()]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,19 +47,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"methods/{module}.md", content=text))
     files.append(File.generated(config, "methods/index.md", content=rule_list()))
     return files
-
-
-def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
-    """Put the pages of the rules below the section 'Methods', under the rules' names."""
-    (section,) = (item for item in nav.items if isinstance(item, Section) and item.title == "Methods")
-    for module, rules in families().items():
-        file = files.get_file_from_path(f"methods/{module}.md")
-        assert file is not None
-        page = Page(", ".join(rules), file, config)
-        page.parent = section
-        section.children.append(page)
-        nav.pages.append(page)
-    return nav
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -65,25 +62,25 @@ def families() -> dict[str, dict[str, type[Method]]]:
         module = rule.__module__.removeprefix("hanse.methods.")
         if "." not in module:
             found.setdefault(module, {})[name] = rule
-    return {m: dict(sorted(rules.items(), key=lambda r: inspect.getsourcelines(r[1])[1])) for m, rules in found.items()}
+    return {m: dict(sorted(rules.items(), key=lambda r: inspect.getsourcelines(r[1])[1])) for m, rules in sorted(found.items())}
 
 
 def rule_list() -> str:
-    rows = [
-        [f"[{name}]({module}.md)", first_line(rule)] for module, rules in families().items() for name, rule in rules.items()
-    ]
-    about = "Every rule is a file of `src/hanse/methods`, and its page is made from that file. `hanse list methods` prints the same."
-    return "\n\n".join(["# Methods", about, table(["rule", "what it is"], rows), "## Published systems", systems()])
+    rows = [[f"[{name}]({module}.md)", first_line(rule)] for module, rules in families().items() for name, rule in rules.items()]
+    about = (
+        "Every rule is a file of `src/hanse/methods`, and its page is made from that file. `hanse list methods` prints the same."
+    )
+    return "\n\n".join([WIDE, "# Methods", about, table(["rule", "what it is"], rows), "## Published systems", systems()])
 
 
 def rule_page(module: str, rules: dict[str, type[Method]], docs: Path) -> str:
     """The docstring of the file, the fields of each rule in it, and what was reproduced of it."""
     lead, _, text = (inspect.getdoc(importlib.import_module(f"hanse.methods.{module}")) or "").partition("\n")
-    page = [f"# {', '.join(rules)}", prose(lead), prose(text)]
+    page = [WIDE, f"# {', '.join(rules)}", prose(lead), prose(text)]
     for name, rule in rules.items():
         own = inspect.get_annotations(rule)
         fields = rule.model_fields
-        page += [f"## {name}", prose(inspect.getdoc(rule) or ""), example(name)]
+        page += [f"## {name if len(rules) > 1 else 'Use'}", prose(inspect.getdoc(rule) or ""), example(name)]
         mine, inherited = ([f for f in fields if (f in own) is here] for here in (True, False))
         if mine:
             page += [field_table({f: fields[f] for f in mine})]
@@ -93,7 +90,7 @@ def rule_page(module: str, rules: dict[str, type[Method]], docs: Path) -> str:
         report = docs / "reproduced" / system.slug / "report.md"
         if not any(re.search(rf"\b{name}\b", system.implemented) for name in rules):
             continue
-        page += [f"## Reproduced: {system.slug}", f"{system.paper}. {system.shown.capitalize()}."]
+        page += [f"## Reproduced: {system.slug}", f"{system.paper}. {system.shown[0].upper()}{system.shown[1:]}."]
         page += [f"```sh\nhanse reproduce {system.slug}\n```"]
         if report.is_file() and any(re.search(rf"\b{name}\b", report.read_text()) for name in rules):
             _, _, findings = report.read_text().partition("\n")
@@ -109,7 +106,7 @@ def commands() -> str:
     """What every command says of itself."""
     page = []
     for command in ("run", "resume", "report", "list", "reproduce", "bench"):
-        shown = CliRunner().invoke(app, [command, "--help"], prog_name="hanse", terminal_width=110, env={"COLUMNS": "110"})
+        shown = CliRunner().invoke(app, [command, "--help"], prog_name="hanse", terminal_width=88)
         page.append(f"## hanse {command}\n\n```text\n{shown.stdout.strip()}\n```")
     return "\n\n".join(page)
 
@@ -143,8 +140,11 @@ def field_table(fields: dict[str, FieldInfo]) -> str:
     rows = []
     for name, field in fields.items():
         default = field.get_default(call_default_factory=True)
-        shown = "" if default in ((), "") else f"`{default if isinstance(default, str | Part) else repr(default)}`"
-        rows.append([f"`{name}`", allowed(field.annotation, field.metadata), shown, prose(field.description or "").replace("\n", " ")])
+        texts = [str(value) for value in default] if isinstance(default, tuple) else [str(default)]
+        shown = f"`{', '.join(texts)}`" if any(texts) else ""
+        rows.append(
+            [f"`{name}`", allowed(field.annotation, field.metadata), shown, prose(field.description or "").replace("\n", " ")]
+        )
     return table(["field", "allowed", "default", "meaning"], rows)
 
 
@@ -155,7 +155,7 @@ def allowed(kind: Any, metadata: list[Any]) -> str:
         return allowed(get_args(kind)[0], [*metadata, *get_args(kind)[1:]])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
-    if origin in (types.UnionType, getattr(__import__("typing"), "Union")):
+    if origin in (types.UnionType, typing.Union):
         return " or ".join(allowed(one, metadata) for one in get_args(kind))
     if origin is tuple:
         return f"several: {allowed(get_args(kind)[0], [])}"

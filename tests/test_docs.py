@@ -61,6 +61,20 @@ def test_the_rule_of_contributing_passes_its_own_tests(tmp_path: Path) -> None:
     assert len(rule.splitlines()) < 60
 
 
+def test_the_task_of_the_quick_start_is_learned(tmp_path: Path) -> None:
+    assert float(python("-c", blocks("docs/index.md")[0], cwd=tmp_path)) > 0.9
+
+
+def test_the_plain_pytorch_rule_of_the_docs_trains(tmp_path: Path) -> None:
+    run = """
+import hanse as hs
+fed = hs.Federation(hs.tasks.digits(), clients=10)
+run = hs.run(fed, TwoOptimisers(lr=0.1), hs.schedules.synchronous(cohort=5), rounds=5, evaluate=0)
+print(run.history[-1]["metrics"]["accuracy"])
+"""
+    assert float(python("-c", blocks("docs/writing-a-method.md")[0] + run, cwd=tmp_path)) > 0.5
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_to_files_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text())

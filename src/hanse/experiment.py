@@ -44,7 +44,7 @@ class Recorder:
 
     def __init__(self, result: Run, rounds: int, every: int, folder: Folder | None, writers: Sequence[Writer]) -> None:
         self.result, self.rounds, self.every, self.folder, self.writers = result, rounds, every, folder, writers
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_round = time.monotonic(), -1
 
     def __call__(self, net: LocalNetwork) -> None:
         due = net.round == self.rounds or (self.every > 0 and net.round % self.every == 0)
@@ -75,7 +75,7 @@ class Recorder:
             raise DivergedError(f"the model of round {net.round} is not finite; lower lr or set clip")
         if self.folder is not None:
             self.folder.save({**net.snapshot(), **{f"weights.{n}": t for n, t in weights(net).items()}})
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_round = time.monotonic(), net.round
 
 
 def evaluate(net: LocalNetwork) -> dict[str, float]:
@@ -176,13 +176,18 @@ def run(
     elif folder is not None:
         folder.write(result)
     on_start(net)
+    threads = torch.get_num_threads()
     try:
         drive(schedule.run(net, method))
+        if folder is not None and recorder.saved_round != net.round:  # stopped after the round's own chance to save
+            recorder.save(net)
     except DivergedError:
-        if folder is not None and net.round and bool(torch.isfinite(net.state["x"]).all()):
+        recorded = 0 < net.round == len(result.history)  # else the model of this round is what went wrong
+        if folder is not None and recorded and bool(torch.isfinite(net.state["x"]).all()):
             recorder.save(net)
         raise
     finally:
+        torch.set_num_threads(threads)
         for writer in writers:
             writer.close()
     result.weights = weights(net)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hanse.engines.local import LocalNetwork
 class normed(hs.tasks.digits):
     """Digits through batch norm."""
 
-    abstract = True
+    abstract: ClassVar[bool] = True
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
@@ -25,7 +25,7 @@ class normed(hs.tasks.digits):
 class dropping(hs.tasks.digits):
     """Digits with dropout."""
 
-    abstract = True
+    abstract: ClassVar[bool] = True
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(64, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 10))

@@ -38,29 +38,37 @@ class Arrangement(NamedTuple):
     threads: int
 
 
-def candidates(net: LocalNetwork, cohort: int) -> list[Arrangement]:
-    """What is worth timing."""
-    cores, engine = os.cpu_count() or 1, net.engine
+def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
+    """What is worth timing.
+
+    Batches are sized by cache, never more: rows of models that do not fit cost memory and win nothing. The exception is a single
+    plain step, which makes no rows. Cores take clients rather than parts of one operation, so that a busy neighbour slows one of
+    them instead of all; only where there are fewer clients than cores does an operation get several.
+    """
+    cores, engine, size = os.cpu_count() or 1, net.engine, len(cohort)
     fixed = {k: v for k, v in engine if k in Arrangement._fields and v is not None}
     if not net.method.batched:
         return [Arrangement(**{"path": "loop", "chunk": 1, "workers": 1, "threads": cores, **fixed})]
-    row = net.problem.layout.size * net.problem.start.element_size()
-    fitting = min(cohort, max(1, BATCH_BYTES // row))
+    fitting = min(size, max(1, BATCH_BYTES // (net.problem.layout.size * net.problem.start.element_size())))
+    single = int(net.plan.lengths(net.samples.counts(cohort)).max()) == 1
+    rowless = single and net.method.plain and net.codec.plain and engine.shortcuts
     found = []
-    for path in net.paths:
+    for path, gradient in net.paths.items():
         if path == "vmap" and "stacked" in net.paths and engine.path is None:
             continue  # the same products with more overhead, and a second to import what it needs
-        chunks = {1} if path == "loop" else {fitting, cohort}
+        chunks = {1} if path == "loop" else {fitting}
+        if rowless and gradient.descend is not None:
+            chunks |= {size, -(-size // cores)}
         for chunk in sorted(chunks):
-            found += [Arrangement(path, chunk, 1, 1), Arrangement(path, chunk, 1, cores)]
-            if chunk < cohort:
-                found.append(Arrangement(path, chunk, cores, 1))
+            found.append(Arrangement(path, chunk, 1, 1 if size >= cores else cores))
+            if chunk < size:
+                found.append(Arrangement(path, chunk, min(cores, -(-size // chunk)), 1))
     return list(dict.fromkeys(Arrangement(**{**a._asdict(), **fixed}) for a in found if a.path == fixed.get("path", a.path)))
 
 
 def fastest(net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> Arrangement:
     """The arrangement remembered for this work on this machine, or the fastest one, by timing each on some of ``clients``."""
-    memory, options = _Memory(net, len(clients)), candidates(net, len(clients))
+    memory, options = _Memory(net, len(clients)), candidates(net, clients)
     known = memory.read()
     if known in options:
         return known

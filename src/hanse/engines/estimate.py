@@ -33,7 +33,7 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
     cohort = min(net.clients, schedule.expected_cohort())
     message = net.method.message(net.method.init(net.problem))
     probes = net.streams.sample("probe", net.clients, min(2, net.clients), 0)
-    how = probe_arrangement(net, cohort)
+    how = probe_arrangement(net, net.streams.sample("cohort", net.clients, cohort, 0))
     one, two = _seconds(net, probes[:1], message, how), _seconds(net, probes, message, how)
     lanes = min(how.workers, max(1, cohort // how.chunk))
     each = one if len(probes) < 2 or how.chunk == 1 else max(two - one, 0.05 * two)  # batched clients share the overhead of one
@@ -52,7 +52,7 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
     )
 
 
-def probe_arrangement(net: LocalNetwork, cohort: int) -> Arrangement:
+def probe_arrangement(net: LocalNetwork, cohort: torch.Tensor) -> Arrangement:
     """A likely arrangement, before anything has been timed: batched where the model can be stacked, else one client a core."""
     options = candidates(net, cohort)
     stacked = [o for o in options if o.path == "stacked"]

@@ -56,6 +56,10 @@ class local(Engine):
         return None
 
 
+AS_IS = {"buffers", "domain"}
+"""What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""
+
+
 class Traffic(NamedTuple):
     """Cumulative costs of a run."""
 
@@ -289,13 +293,14 @@ class LocalNetwork:
     def _encode(self, upload: Upload) -> Tensor:
         """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``."""
         scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
+        scalars |= {n: t[0] for group in (upload.sums, upload.rows) for n, t in group.items() if n in AS_IS}
         if self.codec.plain:
             one = {n: t if t.dim() == 1 else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
             return torch.full((len(upload.clients),), wire_size({**one, **scalars}))
         lengths: dict[str, Tensor] = {}
         for group in (upload.sums, upload.rows):
-            for name, values in group.items():
-                group[name], lengths[name] = self.codec.roundtrip(values)
+            for name in [n for n in group if n not in AS_IS]:
+                group[name], lengths[name] = self.codec.roundtrip(group[name])
         kinds, of = np.unique(torch.stack([*lengths.values()], 1).numpy(), axis=0, return_inverse=True)
         sizes = [wire_size(scalars, dict(zip(lengths, map(int, kind), strict=True))) for kind in kinds]
         return torch.tensor(sizes)[torch.from_numpy(of).view(-1)]

@@ -46,6 +46,11 @@ class Method(Part):
     clip: PositiveFloat | None = None
     """Largest norm of a client's gradient."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether clients take plain gradient steps and only their weighted sum is used, so that exact shortcuts apply."""
+        return False
+
     def init(self, problem: Problem) -> State:
         """The server's state before round 0."""
         return {"x": problem.start}

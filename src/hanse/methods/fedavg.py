@@ -45,6 +45,10 @@ class FedAvg(Method):
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     """Server learning rate."""
 
+    @property
+    def plain(self) -> bool:
+        return type(self).direction is FedAvg.direction and self.local.plain and self.clip is None
+
     def plan(self) -> Plan:
         return Plan(self.batch, self.epochs, self.steps, self.shuffle)
 
@@ -66,7 +70,7 @@ class FedAvg(Method):
 
     def train(self, ctx: Context) -> Upload:
         weight = self.weigh(ctx)
-        total = ctx.total_displacement(weight) if type(self).direction is FedAvg.direction else None
+        total = ctx.total_displacement(weight) if self.plain else None
         return ctx.upload(weight, delta=ctx.displacement(self.direction) if total is None else total)
 
     def step(self, state: State, reply: Reply, round: int) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class Folder:
     def _about(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
-            return found
-        except (OSError, ValueError):
+            return {name: found[name] for name in ("method", "seed", "settings", "names", "notes")}
+        except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{self.path} is not a run folder: no readable {SETTINGS}") from None
 
     def append(self, record: Record) -> None:
@@ -63,10 +64,11 @@ class Folder:
         """All whole lines; a last line cut off by a kill is dropped."""
         try:
             lines = (self.path / HISTORY).read_bytes().split(b"\n")[:-1]
-            return [json.loads(line) for line in lines]
+            found = [json.loads(line) for line in lines]
+            return [Record(**{name: record[name] for name in Record.__annotations__}) for record in found]  # type: ignore[typeddict-item]
         except FileNotFoundError:
             return []
-        except ValueError as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / HISTORY} is damaged: {error}") from None
 
     def rewind(self, rounds: int) -> list[Record]:
@@ -91,7 +93,7 @@ class Folder:
             return tensors
         except FileNotFoundError:
             return None
-        except (SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.path / name} is damaged or not a checkpoint: {error}") from None
 
     def read(self) -> Run:
@@ -118,7 +120,8 @@ class Folder:
                 os.fsync(file.fileno())
             part.replace(target)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise CheckpointError(f"{target} cannot be written: {error.strerror}; the last good one is kept") from None
 
 
