@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 typer.core.HAS_RICH = False  # help is printed plainly; typer before 0.21 would escape its brackets all the same
 app = typer.Typer(
     name="hanse",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -200,22 +199,33 @@ app.command()(bench)
 
 @app.callback(invoke_without_command=True)
 def _version(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         from hanse import __version__
 
         typer.echo(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
     """Entry point: one line and an exit status for what a user can cause."""
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
     except HanseError as error:
         typer.echo(f"hanse: {error}", err=True)
-        sys.exit(error.exit_status)
+        status = error.exit_status
+    except typer.Abort:  # a second Ctrl-C
+        typer.echo("hanse: stopped at once; what was saved is kept", err=True)
+        status = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # wrong usage; the class has another home in every other version of typer
+            raise
+        typer.echo(f"hanse: {' '.join(error.format_message().split())}", err=True)
+        status = 2
+    sys.exit(status)
 
 
 __all__ = ["ConfigError", "app", "main"]

@@ -84,7 +84,7 @@ class Settings(BaseModel):
         values: dict[str, Any] = {}
         if file is not None:
             try:
-                values = tomllib.loads(file.read_text())
+                values = tomllib.loads(file.read_text(encoding="utf-8"))
             except OSError as error:
                 raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -103,7 +103,8 @@ class Settings(BaseModel):
     def toml(self) -> str:
         """The settings as a TOML file."""
         values = self.model_dump(exclude_none=True)  # JSON strings, numbers and lists are TOML values too
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+        text = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
+        return text.replace("\x7f", "\\u007f")  # the one character that JSON leaves as it is and TOML does not
 
     def federation(self, seed: int) -> Federation:
         """The federation of one seed."""

@@ -37,6 +37,10 @@ class Federation:
     ) -> None:
         if clients < 1:
             raise ConfigError(f"clients: {clients} is not allowed: at least 1")
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+            raise ConfigError(f"device: {device!r} is not allowed: {str(error).splitlines()[0]}") from None
         self.task, self.clients, self.seed, self.device = task, clients, seed, device
         self.partition, self.fleet = partition or iid(), fleet or ideal()
         self.private, self.frozen, self.buffers = private, frozen, buffers

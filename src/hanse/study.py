@@ -24,7 +24,7 @@ from hanse.track.progress import Display
 from hanse.track.report import write_report
 from hanse.track.run import Run
 from hanse.track.summary import Against, cost_text
-from hanse.track.writers import WRITERS
+from hanse.track.writers import WRITERS, require
 
 STUDY = "settings.toml"
 LEAST_FREE = 16 << 20
@@ -41,17 +41,23 @@ class Study:
         self.settings, self.folder = settings, folder
         self.methods, self.schedule, self.codec, self.engine = settings.parts()
         self.console = Console(stderr=True)
-        self.stopped, self.net = False, None
+        self.stopped, self.single, self.net = False, False, None
         self.federations: dict[int, Federation] = {}
         cohort = self.schedule.expected_cohort()
         if cohort > settings.clients:
             raise ConfigError(f"cohort: {cohort} is not allowed: there are {settings.clients} clients")
+        for name in settings.track:
+            require(name)
 
     net: LocalNetwork | None
 
     @classmethod
     def open(cls, folder: Path) -> Study:
-        """The study in ``folder``."""
+        """The study in ``folder``, or the single run in it."""
+        if (folder / SETTINGS).is_file():
+            found = cls(Settings.read(None, Folder(folder).read().settings), folder)
+            found.single = True
+            return found
         if not (folder / STUDY).is_file():
             raise CheckpointError(f"{folder} holds no run: no {STUDY} in it")
         return cls(Settings.read(folder / STUDY, {}), folder)
@@ -63,7 +69,10 @@ class Study:
         return self.federations[seed]
 
     def cells(self) -> Iterator[tuple[Method, int, Path]]:
-        """Every rule with every seed, and its folder."""
+        """Every rule with every seed, and its folder; of a single run, the study's own."""
+        if self.single:
+            yield self.methods[0], self.settings.seed[0], self.folder
+            return
         names = [type(m).__name__.lower() for m in self.methods]
         for seed in self.settings.seed:
             for i, method in enumerate(self.methods):
@@ -169,7 +178,8 @@ class Study:
             self.folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.folder).free < LEAST_FREE:
                 raise CheckpointError(f"out: the disk of {self.folder} is full")
-            (self.folder / STUDY).write_text(self.settings.toml())
+            if not self.single:
+                (self.folder / STUDY).write_text(self.settings.toml(), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"out: {self.folder} cannot be written: {error.strerror}") from None
 

@@ -122,8 +122,6 @@ def test_shortcuts_add_to_what_is_there() -> None:
 
 WITHOUT: dict[str, dict[str, object]] = {
     "nobody sums": {"totals": None},
-    "clipping": {"clip": 1.0},
-    "momentum": {"local": sgd(momentum=0.9)},
     "a model a client": {"message": {"x": torch.zeros(5, 103, dtype=torch.float64)}},
 }
 

@@ -39,7 +39,7 @@ def test_the_choice_is_remembered_and_used_again(even: hs.Federation, cache: Pat
     assert trials > 2
     second = go(even)
     assert len(calls) == trials + 1 and second.notes == first.notes
-    for choice in candidates(network(even, path=None, chunk=None, workers=None, threads=None), 6):
+    for choice in candidates(network(even, path=None, chunk=None, workers=None, threads=None), torch.arange(6)):
         file.write_text(json.dumps(choice))
         engine = hs.engines.local.parse(go(even).notes["arrangement"])
         assert engine.fixed() == choice
@@ -84,7 +84,7 @@ def test_no_cache_folder_is_no_error(even: hs.Federation, quick: None, tmp_path:
 
 def test_what_is_fixed_stays(even: hs.Federation) -> None:
     net = network(even, path=None, chunk=3, workers=None, threads=1)
-    options = candidates(net, 12)
+    options = candidates(net, torch.arange(12))
     assert len(options) > 1 and all(o.chunk == 3 and o.threads == 1 and o.path in net.paths for o in options)
 
 

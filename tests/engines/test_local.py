@@ -14,6 +14,7 @@ from small_networks import ask, dropping, network, normed, rounds, same
 import hanse as hs
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.messages import Tensors
+from hanse.core.optim import sgd
 from hanse.core.streams import Streams
 from hanse.data.task import Dataset
 
@@ -83,6 +84,22 @@ def test_shortcuts_change_the_last_bits_only(ragged: hs.Federation) -> None:
     fast, slow = (rounds(network(ragged, rule, path="stacked", chunk=12, shortcuts=on), 3, 12) for on in (True, False))
     close(fast, slow, 1e-10)
     assert not same(fast, slow)
+
+
+PER_CLIENT = {
+    "clipping": (hs.methods.FedAvg(clip=0.5), hs.codecs.identity()),
+    "momentum": (hs.methods.FedAvg(local=sgd(momentum=0.9)), hs.codecs.identity()),
+    "a direction of its own": (hs.methods.FedProx(mu=1.0, epochs=2), hs.codecs.identity()),
+    "client state": (hs.methods.Scaffold(), hs.codecs.identity()),
+    "a codec": (hs.methods.FedAvg(), hs.codecs.topk(0.5)),
+}
+
+
+@pytest.mark.parametrize("why", PER_CLIENT)
+def test_whatever_touches_single_clients_switches_shortcuts_off(ragged: hs.Federation, why: str) -> None:
+    rule, codec = PER_CLIENT[why]
+    fast, slow = (rounds(network(ragged, rule, codec, path="stacked", chunk=12, shortcuts=on), 2, 12) for on in (True, False))
+    assert same(fast, slow)
 
 
 @pytest.mark.parametrize("path", ["vmap", "loop"])

@@ -127,7 +127,9 @@ class Context:
         """``sum_i weight_i (w_iK - start)`` ``[P]`` of plain gradient descent by the exact shortcuts, added to ``totals["delta"]``;
         None where they do not apply.
         """
-        if self.totals is None or self.path.descend is None or self.private is not None or self.start.dim() > 1:
+        if self.totals is None or self.path.descend is None or not self.local.plain:
+            return None
+        if self.clip is not None or self.private is not None or self.start.dim() > 1:
             return None
         if "delta" not in self.totals:
             self.totals["delta"] = torch.zeros_like(self.start)

@@ -206,13 +206,14 @@ class LocalNetwork:
             **{f"kept.{n}": t for n, t in self.kept.snapshot().items()},
             "taken": self.taken.clone(),
             "seconds": torch.tensor([self.traffic.seconds], dtype=torch.float64),
+            "loss": torch.tensor([self.loss], dtype=torch.float64),  # of the last round with anyone in it
             "counters": torch.tensor([self.round, self.traffic.down, self.traffic.up]),
         }
 
     def restore(self, saved: Tensors) -> None:
         """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
         part = {p: {n[len(p) :]: t for n, t in saved.items() if n.startswith(p)} for p in ("state.", "kept.")}
-        own = {n: t for n, t in self.snapshot().items() if n in ("taken", "seconds", "counters")}
+        own = {n: t for n, t in self.snapshot().items() if n in ("taken", "seconds", "loss", "counters")}
         x = part["state."].get("x")
         if x is None or x.shape != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
             raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
@@ -220,7 +221,7 @@ class LocalNetwork:
         self.kept.restore(part["kept."])
         self.taken = saved["taken"].clone()
         self.round, down, up = map(int, saved["counters"])
-        self.traffic = Traffic(float(saved["seconds"]), down, up)
+        self.traffic, self.loss = Traffic(float(saved["seconds"]), down, up), float(saved["loss"])
 
     # ---- execution
 

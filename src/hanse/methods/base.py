@@ -48,7 +48,7 @@ class Method(Part):
 
     @property
     def plain(self) -> bool:
-        """Whether clients take plain gradient steps and only their weighted sum is used, so that exact shortcuts apply."""
+        """Whether clients' directions are plain gradients and only their weighted sum is used, so that exact shortcuts may apply."""
         return False
 
     def init(self, problem: Problem) -> State:

@@ -27,7 +27,8 @@ class Display:
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
             TextColumn("left"), TimeRemainingColumn(compact=True),
         )  # fmt: skip
-        self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.lively = console.is_terminal and not console.is_dumb_terminal
+        self.live = Progress(*columns, console=console, disable=not self.lively, transient=True)
         self.task = self.live.add_task("", total=self.total, status="")
 
     def __enter__(self) -> Self:
@@ -45,7 +46,7 @@ class Display:
     def advance(self, label: str, record: Record) -> None:
         """One more round."""
         self.done += 1
-        if self.console.is_terminal:
+        if self.lively:
             self.live.update(self.task, completed=self.done, description=label, status=status(record))
         elif time.monotonic() - self.printed > PLAIN_SECONDS or record["round"] == self.rounds:
             self.printed = time.monotonic()

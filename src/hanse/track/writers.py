@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from hanse.core.errors import MissingExtraError
 from hanse.track.run import Record
+
+
+def require(name: str) -> None:
+    """Raise ``MissingExtraError`` unless the tracker's package is installed."""
+    if importlib.util.find_spec(name) is None:
+        raise MissingExtraError(f"track = {name}", name)
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -19,10 +26,9 @@ class TensorBoard:
     """Event files in the run folder."""
 
     def __init__(self, label: str, folder: Path, settings: dict[str, str]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("track = tensorboard", "tensorboard") from None
+        require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.events: Any = SummaryWriter(str(folder))
         self.events.add_text("settings", "\n".join(f"    {k} = {v}" for k, v in settings.items()))
 
@@ -40,10 +46,9 @@ class MLflow:
     """A run in the tracking store that ``MLFLOW_TRACKING_URI`` names."""
 
     def __init__(self, label: str, folder: Path, settings: dict[str, str]) -> None:
-        try:
-            from mlflow import MlflowClient
-        except ImportError:
-            raise MissingExtraError("track = mlflow", "mlflow") from None
+        require("mlflow")
+        from mlflow import MlflowClient
+
         self.client: Any = MlflowClient()
         known = self.client.get_experiment_by_name("hanse")
         experiment = known.experiment_id if known else self.client.create_experiment("hanse")
@@ -65,10 +70,9 @@ class WandB:
     """A Weights & Biases run; ``WANDB_MODE=offline`` keeps it on this machine."""
 
     def __init__(self, label: str, folder: Path, settings: dict[str, str]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MissingExtraError("track = wandb", "wandb") from None
+        require("wandb")
+        import wandb
+
         self.run: Any = wandb.init(project="hanse", name=label, dir=str(folder), config=settings, reinit="create_new")
 
     def write(self, record: Record) -> None:
