@@ -43,10 +43,21 @@ def pure(text: str) -> object:
 
 
 def test_flags_toml_and_python_give_the_same_run(cli: Hanse, tmp_path: Path) -> None:
-    flags = ["--partition", "dirichlet(0.5)", "--method", "Scaffold(lr=0.2)", "--codec", "topk(0.5)", "--seed", 3, "--dtype", "float64"]
+    flags = [
+        "--partition",
+        "dirichlet(0.5)",
+        "--method",
+        "Scaffold(lr=0.2)",
+        "--codec",
+        "topk(0.5)",
+        "--seed",
+        3,
+        "--dtype",
+        "float64",
+    ]
     (tmp_path / "same.toml").write_text(
-        'task = "digits(hidden=4)"\nclients = 6\ncohort = 3\nrounds = 3\nengine = "local(\'stacked\', 3, 1, 1)"\npartition = "dirichlet(0.5)"\n'
-        'method = "Scaffold(lr=0.2)"\ncodec = "topk(0.5)"\nseed = 3\ndtype = "float64"\n'
+        'task = "digits(hidden=4)"\nclients = 6\ncohort = 3\nrounds = 3\nengine = "local(\'stacked\', 3, 1, 1)"\n'
+        'partition = "dirichlet(0.5)"\nmethod = "Scaffold(lr=0.2)"\ncodec = "topk(0.5)"\nseed = 3\ndtype = "float64"\n'
     )
     assert cli("run", *SMALL, *flags).status == 0
     assert cli("run", "same.toml").status == 0
@@ -135,8 +146,8 @@ def test_help_explains_every_setting(cli: Hanse) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; sys.argv = ['hanse', '--help']\nfrom hanse.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    code = "import atexit, sys; from hanse.cli import main; atexit.register(lambda: print('torch' in sys.modules)); main()"
+    out = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert out[-1] == "False" and any("resume" in line for line in out)
 
 
@@ -196,7 +207,7 @@ def test_a_bad_file_is_one_line(cli: Hanse, tmp_path: Path, text: str, words: li
 def test_labels_out_of_range(cli: Hanse, tmp_path: Path) -> None:
     x, y = np.zeros((40, 8, 8), dtype=np.uint8), np.arange(40) % 4
     np.savez(tmp_path / "a.npz", x=x, y=y - 1)
-    refused(cli("run", "--task", "images('a.npz')", "--clients", 4, "--cohort", 2), 2, "label -1 is not allowed")
+    refused(cli("run", "--task", "images('a.npz')", "--clients", 4, "--cohort", 2), 2, "label -1 in row 0 is not allowed")
 
 
 def test_a_client_without_data(cli: Hanse, tmp_path: Path) -> None:
@@ -238,11 +249,11 @@ def test_a_full_disk(cli: Hanse, limit: int) -> None:
 
 
 def test_divergence_and_what_is_left(cli: Hanse, tmp_path: Path) -> None:
-    flags = [*SMALL, "--method", "FedAvg(lr=1e18, epochs=2, batch=256)", "--evaluate", 0, "--rounds", 20]
+    flags = ["--task", "quadratics", "--clients", 10, "--cohort", 3, "--method", "FedAvg(lr=1000, steps=1)", "--evaluate", 0]
     first = cli("run", *flags)
     failed(first, "training loss of client", "is not finite; lower lr")
     saved = Folder(tmp_path / "runs/run/fedavg-seed0").load()
-    assert saved is not None and bool(torch.isfinite(saved["state.x"]).all())
+    assert saved is not None and 1 < int(saved["counters"][0]) < 20 and bool(torch.isfinite(saved["state.x"]).all())
     again = cli("resume", "runs/run")
     failed(again)
     assert again.err.splitlines()[-1] == first.err.splitlines()[-1]
@@ -261,7 +272,7 @@ def test_a_damaged_checkpoint(cli: Hanse, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(cli: Hanse, tmp_path: Path) -> None:
-    flags = [*SMALL, "--rounds", 400, "--method", "FedAvg", "--method", "Scaffold"]
+    flags = [*SMALL, "--rounds", 250, "--method", "FedAvg", "--method", "Scaffold"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from hanse.cli import main; main()", "run", *map(str, flags), "--out", "stopped"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -273,7 +284,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cli: Hanse, tmp_path: Path) -> None:
     assert process.returncode == 130 and out == "" and "Traceback" not in err, err
     assert err.splitlines()[-1] == "stopped, state saved; go on with: hanse resume stopped"
     saved, lines = Folder(history.parent).load(), Folder(history.parent).history()
-    assert saved is not None and 3 < int(saved["counters"][0]) == len(lines) < 400
+    assert saved is not None and 3 < int(saved["counters"][0]) == len(lines) < 250
     assert cli("resume", "stopped").status == 0
     assert cli("run", *flags, "--out", "whole").status == 0
     for name in ("fedavg-seed0", "scaffold-seed0"):

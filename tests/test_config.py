@@ -54,7 +54,9 @@ def test_any_text_survives_toml(tmp_path_factory: pytest.TempPathFactory, text: 
 def test_text_from_flags_means_the_same_as_toml() -> None:
     flags = {n: v if n == "method" else " ".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in CHANGED.items()}
     assert Settings.read(None, flags) == Settings.read(None, CHANGED)
-    assert Settings.read(None, {"seed": "1, 2,3", "private": "a,b"}) == Settings.read(None, {"seed": [1, 2, 3], "private": ["a", "b"]})
+    assert Settings.read(None, {"seed": "1, 2,3", "private": "a,b"}) == Settings.read(
+        None, {"seed": [1, 2, 3], "private": ["a", "b"]}
+    )
     assert Settings.read(None, {"seed": 4, "method": "FedProx"}) == Settings(seed=(4,), method=("FedProx",))
 
 
@@ -103,7 +105,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_parts_are_built_on_demand() -> None:
     (one, two), schedule, codec, engine = Settings.read(None, CHANGED).parts()
-    assert [str(p) for p in (one, two, schedule, codec)] == ["FedAvg(lr=0.2)", "Scaffold", "synchronous(cohort=5)", "topk(fraction=0.2)"]
+    assert [str(p) for p in (one, two, schedule, codec)] == [
+        "FedAvg(lr=0.2)",
+        "Scaffold",
+        "synchronous(cohort=5)",
+        "topk(fraction=0.2)",
+    ]
     assert engine.path == "loop"
 
 

@@ -24,7 +24,14 @@ def test_a_folder_a_run(tmp_path: Path) -> None:
     names = ["fedavg-seed0", "fedprox-1-seed0", "fedprox-2-seed0", "fedavg-seed5", "fedprox-1-seed5", "fedprox-2-seed5"]
     assert [p.name for _, _, p in made.cells()] == names
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == sorted(names)
-    assert [(r.method, r.seed) for r in runs] == [("FedAvg", 0), ("FedProx", 0), ("FedProx", 0), ("FedAvg", 5), ("FedProx", 5), ("FedProx", 5)]
+    assert [(r.method, r.seed) for r in runs] == [
+        ("FedAvg", 0),
+        ("FedProx", 0),
+        ("FedProx", 0),
+        ("FedAvg", 5),
+        ("FedProx", 5),
+        ("FedProx", 5),
+    ]
     assert [r.history for r in runs_in(tmp_path)] == [Folder(tmp_path / n).read().history for n in sorted(names)]
     assert len({r.history[-1]["loss"] for r in runs}) == 6
 

@@ -126,7 +126,9 @@ def test_topk_refuses_what_it_did_not_make(what: str) -> None:
         topk(0.1).decode(FOREIGN[what])
 
 
-@pytest.mark.parametrize("data", [message(y=torch.ones(3)), message(x=torch.ones(2, 3)), message(x=torch.ones(()))], ids=["name", "matrix", "scalar"])
+@pytest.mark.parametrize(
+    "data", [message(y=torch.ones(3)), message(x=torch.ones(2, 3)), message(x=torch.ones(()))], ids=["name", "matrix", "scalar"]
+)
 def test_identity_refuses_what_it_did_not_make(data: bytes) -> None:
     with pytest.raises(CodecError):
         identity().decode(data)

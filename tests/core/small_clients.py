@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,6 @@ def plain(ctx: Context, w: Tensor, batch: Batch) -> Tensor:
 def chain(widths: Sequence[int], activations: Sequence[type[nn.Module]], bias: bool = True) -> nn.Sequential:
     """Linear layers of the given widths with activations in between."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         layers += [*([activations[i - 1]()] if i else []), nn.Linear(a, b, bias)]
     return nn.Sequential(*layers)

@@ -140,9 +140,7 @@ def test_training_leaves_the_model_handed_out_alone(ragged: hs.Federation, rule:
 # ---- bytes
 
 
-@pytest.mark.parametrize(
-    ("rule", "down", "up"), [("FedAvg", ["x"], ["delta"]), ("Scaffold", ["x", "c"], ["delta", "change"])]
-)
+@pytest.mark.parametrize(("rule", "down", "up"), [("FedAvg", ["x"], ["delta"]), ("Scaffold", ["x", "c"], ["delta", "change"])])
 def test_bytes_by_formula(ragged: hs.Federation, rule: str, down: list[str], up: list[str]) -> None:
     run = hs.run(ragged, RULES[rule], hs.schedules.synchronous(5), rounds=3, engine=FIXED)
     vector, scalar = torch.zeros(P, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -313,7 +311,10 @@ def test_the_fleet_follows_the_federation_and_the_cohorts_the_run() -> None:
     """One fleet and one split under several seeds, as ``split_seed`` asks for."""
     federation = hs.Federation(hs.tasks.digits(hidden=8), clients=5, fleet=hs.fleet.phones(), seed=7)
     everyone = hs.schedules.synchronous(5)
-    seconds = [hs.run(federation, hs.methods.FedAvg(), everyone, rounds=1, seed=seed, engine=FIXED).history[0]["seconds"] for seed in (1, 2)]
+    seconds = [
+        hs.run(federation, hs.methods.FedAvg(), everyone, rounds=1, seed=seed, engine=FIXED).history[0]["seconds"]
+        for seed in (1, 2)
+    ]
     assert seconds[0] == seconds[1] > 0
     profile = federation.fleet.profile(federation.streams, torch.arange(5))
     assert profile is not None

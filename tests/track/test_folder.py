@@ -85,17 +85,27 @@ def test_no_temporary_files_stay(folder: Folder) -> None:
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(folder: Folder) -> None:
     before = (folder.path / CHECKPOINT).read_bytes()
-    with small_files(1000), pytest.raises(CheckpointError, match=r"checkpoint.safetensors cannot be written: File too large") as caught:
+    with (
+        small_files(1000),
+        pytest.raises(CheckpointError, match=r"checkpoint.safetensors cannot be written: File too large") as caught,
+    ):
         folder.save({"w": torch.zeros(1000)})
     assert "\n" not in str(caught.value)
     assert (folder.path / CHECKPOINT).read_bytes() == before
     assert not list(folder.path.glob(".*"))
-    with small_files((folder.path / HISTORY).stat().st_size + 10), pytest.raises(CheckpointError, match="history.jsonl cannot be written"):
+    with (
+        small_files((folder.path / HISTORY).stat().st_size + 10),
+        pytest.raises(CheckpointError, match=r"history.jsonl cannot be written"),
+    ):
         folder.append(made_runs.record(4))
     assert len(folder.history()) == 3
 
 
-@pytest.mark.parametrize("write", [lambda f: f.write(whole()), lambda f: f.describe(whole()), lambda f: f.append(made_runs.record(1)), lambda f: f.save({})], ids=["write", "describe", "append", "save"])
+@pytest.mark.parametrize(
+    "write",
+    [lambda f: f.write(whole()), lambda f: f.describe(whole()), lambda f: f.append(made_runs.record(1)), lambda f: f.save({})],
+    ids=["write", "describe", "append", "save"],
+)
 def test_a_folder_that_cannot_be_written(tmp_path: Path, write: Callable[[Folder], None]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):

@@ -29,7 +29,9 @@ def test_tensorboard_files_hold_every_round(tmp_path: Path) -> None:
     federation = hs.Federation(hs.tasks.digits(hidden=4), clients=4, fleet=hs.fleet.phones())
     writer = WRITERS["tensorboard"]("a run", tmp_path, {"task": "digits"})
     engine = hs.engines.local("stacked", 4, 1, 1)
-    run = hs.run(federation, hs.methods.FedAvg(), hs.schedules.synchronous(4), rounds=4, evaluate=2, engine=engine, writers=[writer])
+    run = hs.run(
+        federation, hs.methods.FedAvg(), hs.schedules.synchronous(4), rounds=4, evaluate=2, engine=engine, writers=[writer]
+    )
     events = EventAccumulator(str(tmp_path)).Reload()
     for name in ("train_loss", "virtual_seconds", "bytes_down", "bytes_up", "accuracy", "client_accuracy_worst10"):
         expected = [(r["round"], scalars(r)[name]) for r in run.history if name in scalars(r)]
@@ -42,6 +44,8 @@ def test_tensorboard_files_hold_every_round(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
-    with pytest.raises(MissingExtraError, match=rf"track = {name} needs the extra '{name}': pip install 'hanse\[{name}\]'") as caught:
+    with pytest.raises(
+        MissingExtraError, match=rf"track = {name} needs the extra '{name}': pip install 'hanse\[{name}\]'"
+    ) as caught:
         WRITERS[name]("a run", tmp_path, {})
     assert caught.value.exit_status == 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hanse.core.gradients import GradientPath
 from hanse.core.messages import Tensors, Upload
-from hanse.core.optim import Optimizer
+from hanse.core.optim import Optimizer, Slots
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch, Plan, Samples
 from hanse.core.streams import Streams
@@ -79,6 +79,8 @@ class Context:
         full = w if self.private is None else torch.cat([w, self.private[: len(w)]], 1)
         buffers = self.buffers if self._first_pass else self.buffers.clone()
         g, loss = self.path.grad(full, batch, buffers)
+        if self.clip is not None:
+            g = g * (self.clip / g.norm(dim=1, keepdim=True)).clamp(max=1)
         if self.private is not None:
             g, private_gradient = g[:, : w.shape[1]].contiguous(), g[:, w.shape[1] :]
         if self._first_pass:
@@ -86,7 +88,7 @@ class Context:
             self.loss += loss
             if self.private is not None:
                 self._private_gradient = private_gradient
-        return g if self.clip is None else g * (self.clip / g.norm(dim=1, keepdim=True)).clamp(max=1)
+        return g
 
     def first(self, active: int) -> Context:
         """The same work, seen by its first ``active`` clients; memory is shared."""
@@ -103,21 +105,24 @@ class Context:
         """Take all local steps from ``start``; returns the end points ``[C, P]``."""
         clients, size = len(self.ids), self.start.shape[-1]
         w = self.start.expand(clients, size).clone()
-        slots = self.local.slots(w)
+        slots, own = self.local.slots(w), {} if self.private is None else self.local.slots(self.private)
         view = self
         for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.round):
             if active != len(view.ids):
                 view = self.first(active)
             view._first_pass = True
             here = w[:active]
-            d = direction(view, here, batch)
-            if not self.local.plain:
-                d = self.local.direction(d, {n: s[:active] for n, s in slots.items()}, here)
-            here.add_(d, alpha=-self.lr)
+            self._move(here, direction(view, here, batch), slots)
             if view.private is not None and view._private_gradient is not None:
-                view.private.add_(view._private_gradient, alpha=-self.lr)
+                self._move(view.private, view._private_gradient, own)
         self.loss /= self.steps.clamp(min=1)
         return w
+
+    def _move(self, x: Tensor, d: Tensor, slots: Slots) -> None:
+        """One step of the local optimiser against ``d``, in place; ``slots`` may have further rows."""
+        if not self.local.plain:
+            d = self.local.direction(d, {n: s[: len(x)] for n, s in slots.items()}, x)
+        x.add_(d, alpha=-self.lr)
 
     def displacement(self, direction: Direction) -> Tensor:
         """``w_K - start`` of every client, ``[C, P]``."""
