@@ -32,8 +32,14 @@ def test_a_folder_a_run(tmp_path: Path) -> None:
         ("FedProx", 5),
         ("FedProx", 5),
     ]
-    assert [r.history for r in runs_in(tmp_path)] == [Folder(tmp_path / n).read().history for n in sorted(names)]
+    assert [r.history for r in runs_in(tmp_path)] == [Folder(tmp_path / n).read().history for n in names]
     assert len({r.history[-1]["loss"] for r in runs}) == 6
+
+
+def test_runs_of_an_earlier_study_in_the_folder_are_not_mixed_in(tmp_path: Path) -> None:
+    study(tmp_path, method=["FedAvg", "Scaffold"], seed=0).run()
+    study(tmp_path, method="FedProx", seed=0).run()
+    assert [r.method for r in runs_in(tmp_path)] == ["FedProx"]
 
 
 def test_the_same_as_in_python(tmp_path: Path) -> None:

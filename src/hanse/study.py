@@ -209,10 +209,11 @@ class Study:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The run in ``folder``, or those in its subfolders; raises ``CheckpointError`` where there is none."""
+    """The run in ``folder``, or those of the study there; raises ``CheckpointError`` where there is none."""
     if (folder / SETTINGS).is_file():
         return [Folder(folder).read()]
-    found = [Folder(path.parent).read() for path in sorted(folder.glob(f"*/{SETTINGS}"))]
+    cells = [path for _, _, path in Study.open(folder).cells()] if (folder / STUDY).is_file() else []
+    found = [Folder(path).read() for path in cells if (path / SETTINGS).is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no run: no {SETTINGS} in it or in its subfolders")
     return found

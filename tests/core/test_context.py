@@ -228,12 +228,17 @@ def test_private_statistics_stay_with_the_client() -> None:
     assert torch.equal(kept["buffers"], other.buffers)
 
 
-@pytest.mark.xfail(
-    raises=ValueError,
-    strict=True,
-    reason="batch norm has no statistics of one sample, and no rule says yet what such a step does",
-)
-def test_a_last_batch_of_one_sample_passes_through_batch_norm() -> None:
+def test_a_last_batch_of_one_sample_is_normalised_by_the_running_statistics() -> None:
     problem, _ = bn()
     samples = samples_of([5, 5], torch.randn(10, 6, dtype=torch.float64), torch.randint(4, (10,)))
     assert bool(torch.isfinite(context(problem, paths(problem)["loop"], samples, Plan(batch=4)).displacement(plain)).all())
+
+
+def test_a_single_sample_leaves_the_running_statistics_alone() -> None:
+    problem, _ = bn()
+    samples = samples_of([5], torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,)))
+    both = context(problem, paths(problem)["loop"], samples, Plan(batch=4, shuffle=False))
+    both.displacement(plain)
+    first = context(problem, paths(problem)["loop"], samples, Plan(batch=4, steps=1, shuffle=False))
+    first.displacement(plain)
+    torch.testing.assert_close(both.buffers, first.buffers)

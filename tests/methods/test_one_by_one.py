@@ -9,7 +9,7 @@ from hanse.methods.one_by_one import OneByOne
 
 
 class TwoOptimisers(OneByOne):
-    """Another optimiser for each layer, which no flat-vector optimiser offers; both are plain SGD here, so the result is FedAvg's."""
+    """Another optimiser for each layer, which no flat-vector optimiser offers; both plain SGD, so the result is FedAvg's."""
 
     def train_one(
         self, model: nn.Module, data: tuple[Tensor, Tensor], message: Tensors, lr: float, generator: torch.Generator

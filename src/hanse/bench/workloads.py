@@ -32,7 +32,7 @@ Name = Literal["W1", "W2", "W3", "W4"]
 
 @dataclass(frozen=True)
 class Workload:
-    """Settings of one workload; ``samples`` per client (None: digits, 14 or 15); other tools may take minutes, hence ``peer_rounds``."""
+    """Settings of one workload; ``samples`` a client (None: digits, 14 or 15); others may take minutes, hence ``peer_rounds``."""
 
     clients: int
     cohort: int

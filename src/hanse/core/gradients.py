@@ -42,6 +42,15 @@ class GradientPath(Protocol):
         ...
 
 
+class Replica(NamedTuple):
+    """A module of one thread's own: its trained parameters, its statistics in layout order, and its batch-norm layers."""
+
+    module: nn.Module
+    params: list[nn.Parameter]
+    stats: list[Tensor]
+    norms: list[nn.modules.batchnorm._BatchNorm]
+
+
 class Loop:
     """One client at a time on a module of this thread's own, channels-last, optionally with bfloat16 arithmetic."""
 
@@ -52,8 +61,8 @@ class Loop:
         self.problem, self.bf16 = problem, bf16
         self._mine = threading.local()
 
-    def _replica(self) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-        if not hasattr(self._mine, "module"):
+    def _replica(self) -> Replica:
+        if not hasattr(self._mine, "replica"):
             module = with_keyed_dropout(copy.deepcopy(self.problem.model)).train()
             if self.problem.start.dtype != torch.float64:
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -64,12 +73,14 @@ class Loop:
             for p in trained:
                 p.requires_grad_(True)
             own = dict(module.named_buffers())
-            self._mine.module = (module, trained, [own[e.name] for e in self.problem.buffer_layout.entries])
-        replica: tuple[nn.Module, list[Tensor], list[Tensor]] = self._mine.module
+            stats = [own[e.name] for e in self.problem.buffer_layout.entries]
+            norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            self._mine.replica = Replica(module, trained, stats, norms)
+        replica: Replica = self._mine.replica
         return replica
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
-        problem, (module, params, own) = self.problem, self._replica()
+        problem, (module, params, own, norms) = self.problem, self._replica()
         gradient, losses = torch.empty_like(w), w.new_empty(len(w))
         into = list(problem.layout.views(gradient).values())
         source = list(problem.layout.views(w).values())
@@ -83,6 +94,8 @@ class Loop:
             if weight is not None:
                 n = int((weight > 0).sum())
                 x, y = x[:n], y[:n]
+            for norm in norms:
+                norm.train(len(x) > 1)  # one sample has no statistics of its own: it is normalised by the running ones
             with torch.enable_grad(), dropout_at(batch.ids[i], batch.round, batch.step, batch.seed):
                 # Autocast keeps cast weights until it is left, so it is entered anew for every step.
                 with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():

@@ -48,7 +48,7 @@ class Method(Part):
 
     @property
     def plain(self) -> bool:
-        """Whether clients' directions are plain gradients and only their weighted sum is used, so that exact shortcuts may apply."""
+        """Whether clients follow plain gradients and only their weighted sum is used, so that exact shortcuts may apply."""
         return False
 
     def init(self, problem: Problem) -> State:
