@@ -46,7 +46,7 @@ class Replica(NamedTuple):
     """A module of one thread's own: its trained parameters, its statistics in layout order, and its batch-norm layers."""
 
     module: nn.Module
-    params: list[nn.Parameter]
+    params: list[Tensor]
     stats: list[Tensor]
     norms: list[nn.modules.batchnorm._BatchNorm]
 
@@ -67,11 +67,11 @@ class Loop:
             if self.problem.start.dtype != torch.float64:
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             named = dict(module.named_parameters())
-            trained = [named[e.name] for e in self.problem.layout.entries]
+            trained: list[Tensor] = [named[e.name] for e in self.problem.layout.entries]
             for p in module.parameters():
                 p.requires_grad_(False)
-            for p in trained:
-                p.requires_grad_(True)
+            for tensor in trained:
+                tensor.requires_grad_(True)
             own = dict(module.named_buffers())
             stats = [own[e.name] for e in self.problem.buffer_layout.entries]
             norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
