@@ -150,4 +150,4 @@ def explain(error: ValidationError, owner: str) -> str:
     where = ".".join(str(p) for p in (owner, *first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown field"
-    return f"{where}: {first['input']!r} is not allowed: {first['msg']}"
+    return f"{where}: {first['input']!r} is not allowed: {first['msg'].removeprefix('Value error, ')}"
