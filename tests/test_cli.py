@@ -215,19 +215,19 @@ def test_a_client_without_data(cli: Hanse, tmp_path: Path) -> None:
     refused(outcome, 2, "clients: 11")
 
 
-# ---- failures: one line on stderr, status 1
+# ---- failures: one line on stderr, status 2
 
 
 def failed(outcome: Outcome, *words: str) -> None:
     """Work had begun, so stderr tells of it; its last line is the error."""
     last = outcome.err.splitlines()[-1]
-    assert outcome.status == 1 and last.startswith("hanse: ") and "Traceback" not in outcome.err, outcome
+    assert outcome.status == 2 and last.startswith("hanse: ") and "Traceback" not in outcome.err, outcome
     assert all(word in last for word in words), last
 
 
 def test_no_run_to_resume_or_report(cli: Hanse) -> None:
-    refused(cli("resume", "nowhere"), 1, "nowhere holds no run")
-    refused(cli("report", "nowhere"), 1, "nowhere holds no run")
+    refused(cli("resume", "nowhere"), 2, "nowhere holds no run")
+    refused(cli("report", "nowhere"), 2, "nowhere holds no run")
 
 
 def test_a_folder_that_cannot_be_written(cli: Hanse, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint(cli: Hanse, tmp_path: Path) -> None:
     whole = (folder / CHECKPOINT).read_bytes()
     (folder / CHECKPOINT).write_bytes(whole[:-10])
     failed(cli("resume", "runs/run"), str(CHECKPOINT), "damaged or not a checkpoint")
-    refused(cli("report", "runs/run"), 1, "damaged or not a checkpoint")
+    refused(cli("report", "runs/run"), 2, "damaged or not a checkpoint")
 
 
 # ---- Ctrl-C

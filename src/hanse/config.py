@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from hanse.core.errors import ConfigError, unknown
 
@@ -77,6 +77,12 @@ class Settings(BaseModel):
     """Where the arithmetic happens: cpu, cuda, cuda:1, ..."""
     track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_names)] = ()
     """Also write every round to these trackers."""
+
+    @model_validator(mode="after")
+    def _seeds(self) -> Settings:
+        if len(set(self.seed)) < len(self.seed):
+            raise ValueError(f"seed: {', '.join(map(str, self.seed))} is not allowed: a seed twice would count as two")
+        return self
 
     @classmethod
     def read(cls, file: Path | None, given: Mapping[str, Any]) -> Settings:

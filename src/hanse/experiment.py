@@ -74,7 +74,7 @@ class Recorder:
         if not bool(torch.isfinite(net.state["x"]).all()):
             raise DivergedError(f"the model of round {net.round} is not finite; lower lr or set clip")
         if self.folder is not None:
-            self.folder.save({**net.snapshot(), **{f"weights.{n}": t for n, t in weights(net).items()}})
+            self.folder.checkpoint(net.snapshot(), weights(net))
         self.saved_at, self.saved_round = time.monotonic(), net.round
 
 
@@ -161,6 +161,7 @@ def run(
     }
     if seed != federation.seed:
         settings["split_seed"] = str(federation.seed)
+    Settings.read(None, settings)  # the same checks as for a file or the command line
     result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)
     recorder = Recorder(result, rounds, evaluate, folder, writers)
     if folder is not None and resume:
@@ -190,14 +191,14 @@ def run(
         torch.set_num_threads(threads)
         for writer in writers:
             writer.close()
-    result.weights = weights(net)
+    result.weights, result.state = weights(net), net.snapshot()
     result.clients = {"samples": net.samples.counts(), "rounds": net.taken.long()}
     if federation.split.groups is not None:
         result.clients["classes"] = federation.split.groups
     own = per_client(net)
     if own and net.problem.metrics:
         result.clients["accuracy"] = own[next(iter(net.problem.metrics))]
-    if folder is not None:
+    if folder is not None and net.round == rounds:
         folder.save(result.clients, CLIENTS)
         folder.describe(result)
     return result

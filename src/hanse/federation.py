@@ -41,6 +41,8 @@ class Federation:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
             raise ConfigError(f"device: {device!r} is not allowed: {str(error).splitlines()[0]}") from None
+        if dtype not in ("float32", "float64"):
+            raise ConfigError(f"dtype: {dtype!r} is not allowed: float32 or float64")
         self.task, self.clients, self.seed, self.device = task, clients, seed, device
         self.partition, self.fleet = partition or iid(), fleet or ideal()
         self.private, self.frozen, self.buffers = private, frozen, buffers

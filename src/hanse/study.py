@@ -133,7 +133,7 @@ class Study:
         """All runs; with ``resume``, finished ones are read and unfinished ones go on."""
         expected = self.estimate()
         self.console.print(self.describe(expected), highlight=False, soft_wrap=True)
-        self._prepare()
+        self._prepare(resume)
         began, runs = time.monotonic(), []
         with Display(self.console, len(self.methods) * len(self.settings.seed), self.settings.rounds) as display:
             for method, seed, path in self.cells():
@@ -141,7 +141,7 @@ class Study:
                     break
                 there = resume and (path / SETTINGS).is_file()
                 done = len(Folder(path).history()) if there else 0
-                if there and done == self.settings.rounds and (path / "clients.safetensors").is_file():
+                if there and Folder(path).complete(self.settings.rounds):
                     runs.append(Folder(path).read())
                     display.run(path.name, done)
                     continue
@@ -173,13 +173,15 @@ class Study:
             on_start=started,
         )
 
-    def _prepare(self) -> None:
+    def _prepare(self, resume: bool) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.folder).free < LEAST_FREE:
                 raise CheckpointError(f"out: the disk of {self.folder} is full")
-            if not self.single:
-                (self.folder / STUDY).write_text(self.settings.toml(), encoding="utf-8")
+            if not resume:
+                for _, _, path in self.cells():  # a later resume must not take an earlier study's runs for this one's
+                    Folder(path).clear()
+                Folder(self.folder).replace(STUDY, self.settings.toml().encode())
         except OSError as error:
             raise CheckpointError(f"out: {self.folder} cannot be written: {error.strerror}") from None
 

@@ -122,7 +122,8 @@ def test_shortcuts_add_to_what_is_there() -> None:
 
 WITHOUT: dict[str, dict[str, object]] = {
     "nobody sums": {"totals": None},
-    "a model a client": {"message": {"x": torch.zeros(5, 103, dtype=torch.float64)}},
+    "clipping": {"clip": 1.0},
+    "momentum": {"local": sgd(momentum=0.9)},
 }
 
 

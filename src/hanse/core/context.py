@@ -24,7 +24,7 @@ Direction = Callable[["Context", Tensor, Batch], Tensor]
 class Context:
     """The work of C clients in one round.
 
-    ``message``: what the server sent, each tensor shared by all (``[P]``) or a row a client (``[C, P]``). ``state``: what these
+    ``message``: what the server sent, the same to all. ``state``: what these
     clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: where nobody needs single clients' sums, the running
     sums over clients so far, to which ``train`` may add by itself.
     """
@@ -67,7 +67,7 @@ class Context:
 
     @property
     def start(self) -> Tensor:
-        """The model the clients start from, ``[P]`` or ``[C, P]``."""
+        """The model the clients start from, ``[P]``."""
         return self.message["x"]
 
     def grad(self, w: Tensor, batch: Batch) -> Tensor:
@@ -97,8 +97,6 @@ class Context:
         part.loss, part.buffers = self.loss[:active], self.buffers[:active]
         part.private = None if self.private is None else self.private[:active]
         part.state = {n: t[:active] for n, t in self.state.items()}
-        if self.start.dim() > 1:
-            part.message = {n: t[:active] for n, t in self.message.items()}
         return part
 
     def descend(self, direction: Direction) -> Tensor:
@@ -134,7 +132,7 @@ class Context:
         """
         if self.totals is None or self.path.descend is None or not self.local.plain:
             return None
-        if self.clip is not None or self.private is not None or self.start.dim() > 1:
+        if self.clip is not None or self.private is not None:
             return None
         if "delta" not in self.totals:
             self.totals["delta"] = torch.zeros_like(self.start)
@@ -145,7 +143,10 @@ class Context:
 
     def upload(self, weight: Tensor, rows: Tensors | None = None, **sums: Tensor) -> Upload:
         """Declare what the server may see: ``sums`` weighted by ``weight`` ``[C]``, and ``rows``."""
-        rows = rows or {}
+        rows, clients, known = rows or {}, len(self.ids), self.totals or {}
+        for name, values in sums.items():
+            if values is not known.get(name):
+                sums[name] = values.reshape(clients, -1)  # one number a client is a vector of length one
         if "buffers" in self.message and self.message["buffers"].dim() == 1:
             sums["buffers"] = self.buffers
         elif "buffers" in self.message:

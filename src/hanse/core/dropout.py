@@ -46,6 +46,13 @@ class KeyedDropout(nn.Module):
         return x * (u >= self.p * 2**32) / (1 - self.p)
 
 
+def unkeyed(module: nn.Module) -> list[str]:
+    """Names of the parts whose dropout draws from torch's global generator and cannot be replaced."""
+    kinds = nn.MultiheadAttention, nn.RNNBase, nn.AlphaDropout, nn.FeatureAlphaDropout
+    rates = {n: getattr(m, "dropout", getattr(m, "p", 0.0)) for n, m in module.named_modules() if isinstance(m, kinds)}
+    return [name for name, rate in rates.items() if rate]
+
+
 def with_keyed_dropout(module: nn.Module) -> nn.Module:
     """Replace every ``nn.Dropout``, ``Dropout1d``, ``Dropout2d`` and ``Dropout3d`` in place; each place draws its own masks."""
     for site, (name, part) in enumerate(list(module.named_modules(remove_duplicate=False))):

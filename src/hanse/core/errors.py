@@ -34,9 +34,13 @@ class CodecError(HanseError):
 class CheckpointError(HanseError):
     """A checkpoint or run folder is missing, truncated, foreign or cannot be written."""
 
+    exit_status = 2
+
 
 class DivergedError(HanseError):
     """Training produced NaN or infinity."""
+
+    exit_status = 2
 
 
 class MissingExtraError(HanseError):

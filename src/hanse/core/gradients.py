@@ -64,7 +64,7 @@ class Loop:
     def _replica(self) -> Replica:
         if not hasattr(self._mine, "replica"):
             module = with_keyed_dropout(copy.deepcopy(self.problem.model)).train()
-            if self.problem.start.dtype != torch.float64:
+            if self.problem.start.dtype != torch.float64 and all(p.dim() <= 4 for p in module.parameters()):
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             named = dict(module.named_parameters())
             trained: list[Tensor] = [named[e.name] for e in self.problem.layout.entries]

@@ -123,7 +123,12 @@ class Part(_Model):
             call = ast.parse(f"f{match[2] or '()'}", mode="eval").body if match else None
         except SyntaxError:
             call = None
-        if match is None or not isinstance(call, ast.Call) or not all(k.arg for k in call.keywords):
+        if (
+            match is None
+            or not isinstance(call, ast.Call)
+            or not isinstance(call.func, ast.Name)
+            or not all(k.arg for k in call.keywords)
+        ):
             raise ConfigError(f"{cls.kind}: cannot read {text!r}; write name or name(key=value, ...)")
         keywords = [str(k.arg) for k in call.keywords]
         if len(set(keywords)) < len(keywords):

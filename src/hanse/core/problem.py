@@ -57,7 +57,11 @@ class Problem:
         order = [n for n in trained if n not in own] + [n for n in trained if n in own]
         self.layout = Layout({n: trained[n].shape for n in order})
         self.shared = sum(trained[n].numel() for n in order if n not in own)
-        stats = {n: b for n, b in self.model.named_buffers() if b.is_floating_point() and n not in held}
+        norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+        if any(m.track_running_stats and m.momentum is None for m in norms.values()):
+            raise ConfigError("batch norm: momentum=None is not allowed: an average over all batches depends on their order")
+        running = {f"{n}.{kind}" for n in norms for kind in ("running_mean", "running_var")}
+        stats = {n: b for n, b in self.model.named_buffers() if n in running and n not in held}
         self.buffer_layout = Layout({n: b.shape for n, b in stats.items()})
         self.shares_buffers = bool(stats) and buffers != "private"
         if buffers == "domain" and not domains:

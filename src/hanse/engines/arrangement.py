@@ -38,6 +38,11 @@ class Arrangement(NamedTuple):
     threads: int
 
 
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
     """What is worth timing.
 
@@ -45,13 +50,14 @@ def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
     plain step, which makes no rows. Cores take clients rather than parts of one operation, so that a busy neighbour slows one of
     them instead of all; only where there are fewer clients than cores does an operation get several.
     """
-    cores, engine, size = os.cpu_count() or 1, net.engine, len(cohort)
+    cores, engine, size = available_cores(), net.engine, len(cohort)
     fixed = {k: v for k, v in engine if k in Arrangement._fields and v is not None}
     if not net.method.batched:
         return [Arrangement(**{"path": "loop", "chunk": 1, "workers": 1, "threads": cores, **fixed})]
     fitting = min(size, max(1, BATCH_BYTES // (net.problem.layout.size * net.problem.start.element_size())))
     single = int(net.plan.lengths(net.samples.counts(cohort)).max()) == 1
-    rowless = single and net.method.plain and net.codec.plain and engine.shortcuts
+    shared = "private" not in net.kept.widths and net.method.clip is None and net.method.local.plain
+    rowless = single and shared and net.method.plain and net.codec.plain and engine.shortcuts
     found = []
     for path, gradient in net.paths.items():
         if path == "vmap" and "stacked" in net.paths and engine.path is None:
@@ -87,7 +93,7 @@ class _Trial:
         self.best = float("inf")
 
     def __call__(self, option: Arrangement) -> float:
-        few, many = self.clients[: 2 * option.workers], self.clients[: max(option.chunk, 2 * option.workers)]
+        few, many = self.clients[: 2 * option.workers], self.clients[: max(option.chunk, 2) * option.workers]
         try:
             self._time(few, option)  # first calls allocate and compile
         except RuntimeError:  # a model that vmap cannot trace; if no path can, the round itself says why
@@ -123,7 +129,7 @@ class _Memory:
             str(tuple(net.samples.x.shape[1:])),
             str(cohort),
             str(int(net.samples.counts().double().mean())),
-            str(os.cpu_count()),
+            str(available_cores()),
             torch.__version__,
         ]
         name = hashlib.blake2b("\n".join(what).encode(), digest_size=12).hexdigest()

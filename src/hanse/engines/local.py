@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hanse.codecs.base import Codec
 from hanse.core.context import Context
+from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import GradientPath, paths
 from hanse.core.messages import Reply, Tensors, Upload, wire_size
@@ -127,6 +128,12 @@ class LocalNetwork:
         self.federation, self.method, self.engine, self.codec = federation, method, engine, codec
         self.problem, self.samples, self.clients = federation.problem, federation.split.train, federation.clients
         self.streams = federation.streams if seed == federation.seed else type(federation.streams)(seed)
+        loose = unkeyed(self.problem.model) if method.batched else []
+        if loose:
+            raise ConfigError(
+                f"dropout of {', '.join(loose)} is not allowed: it draws from a global generator, so runs would not repeat; "
+                "set it to 0, or train by a OneByOne rule"
+            )
         self.plan = method.plan()
         self.round, self.total_rounds, self.on_commit = 0, rounds, on_commit
         self.traffic = Traffic(0.0, 0, 0)
@@ -184,7 +191,7 @@ class LocalNetwork:
             self.arrangement = fastest(self, clients, work, message)
             self.engine = local(**{**dict(self.engine), **self.arrangement._asdict()})
         reply, bytes_up, kept = self.execute(clients, work, message, self.arrangement)
-        self.loss = float(reply.loss @ reply.weight / reply.weight.sum())
+        self.loss = float(reply.loss.double() @ reply.weight.double() / reply.weight.sum())
         if not math.isfinite(self.loss):
             bad = int(reply.clients[~torch.isfinite(reply.loss)][0])
             raise DivergedError(

@@ -42,7 +42,9 @@ class OneByOne(FedAvg):
                 for name, value in problem.named(start, ctx.buffers[i]).items():
                     places[name].copy_(value)
             generator = ctx.streams.torch("train_one", client, ctx.round)
-            ctx.loss[i] = self.train_one(model.train(), ctx.samples.of(client), ctx.message, ctx.lr, generator)
+            with torch.random.fork_rng(devices=[]):  # for code that draws from the global generator all the same
+                torch.manual_seed(generator.initial_seed())
+                ctx.loss[i] = self.train_one(model.train(), ctx.samples.of(client), ctx.message, ctx.lr, generator)
             ends[i] = problem.layout.flatten(places)
             ctx.buffers[i] = problem.buffer_layout.flatten(places)
         if ctx.private is not None:

@@ -29,21 +29,38 @@ class Folder:
         """A whole run at once; an earlier run in the folder is replaced."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in (HISTORY, CHECKPOINT, CLIENTS):
+        except OSError as error:
+            raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
+        self.clear()
+        self.describe(run)
+        self.replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in run.history))
+        if run.clients:
+            self.save(run.clients, CLIENTS)
+        if run.state or run.weights:
+            self.checkpoint(run.state, run.weights)
+
+    def checkpoint(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """Replace the checkpoint: what a run goes on from, and the model by name."""
+        self.save({**state, **{f"weights.{n}": t for n, t in weights.items()}})
+
+    def complete(self, rounds: int) -> bool:
+        """Whether the run has all its ``rounds``, and a checkpoint of the last one."""
+        counters = (self.load() or {}).get("counters")
+        whole = counters is not None and int(counters[0]) == rounds == len(self.history())
+        return whole and (self.path / CLIENTS).is_file()
+
+    def clear(self) -> None:
+        """Remove an earlier run's files."""
+        try:
+            for name in (SETTINGS, HISTORY, CHECKPOINT, CLIENTS):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
-        self.describe(run)
-        self._replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in run.history))
-        if run.clients:
-            self.save(run.clients, CLIENTS)
-        if run.weights:
-            self.save({f"weights.{n}": t for n, t in run.weights.items()})
 
     def describe(self, run: Run) -> None:
         """Replace ``run.json``."""
         about = {"method": run.method, "seed": run.seed, "settings": run.settings, "names": run.names, "notes": run.notes}
-        self._replace(SETTINGS, json.dumps(about, indent=1).encode())
+        self.replace(SETTINGS, json.dumps(about, indent=1).encode())
 
     def _about(self) -> dict[str, Any]:
         try:
@@ -74,14 +91,14 @@ class Folder:
     def rewind(self, rounds: int) -> list[Record]:
         """Cut the history back to the first ``rounds`` rounds, which a checkpoint covers, and return it."""
         kept = self.history()[:rounds]
-        self._replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
+        self.replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
         return kept
 
     def save(self, tensors: dict[str, Tensor], name: str = CHECKPOINT) -> None:
         """Write tensors so that the file is at every moment either the old or the new one."""
         from safetensors.torch import save
 
-        self._replace(name, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+        self.replace(name, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
 
     def load(self, name: str = CHECKPOINT) -> dict[str, Tensor] | None:
         """The saved tensors, None if there are none yet; raises ``CheckpointError`` on a damaged file."""
@@ -111,7 +128,8 @@ class Folder:
             notes=about["notes"],
         )
 
-    def _replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file so that it is at every moment either the old or the new one."""
         target, part = self.path / name, self.path / f".{name}.part"
         try:
             with part.open("wb") as file:

@@ -42,6 +42,8 @@ class Run:
     clients: dict[str, Tensor] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """From which ``hanse.resume`` goes on: the server's and the clients' state and the counters."""
 
     def plot(self, metric: str = "accuracy", against: Literal["rounds", "bytes", "seconds"] = "rounds") -> Figure:
         """The curve of a metric against rounds, bytes or virtual seconds, as a matplotlib figure."""
