@@ -283,3 +283,42 @@ def test_a_schedule_that_waits_for_something_else_is_an_error(federation: hs.Fed
 
     with pytest.raises(hs.HanseError, match="never sends"):
         experiment.drive(waits())
+
+
+def test_a_saved_run_can_be_resumed(federation: hs.Federation, tmp_path: Path) -> None:
+    run = hs.run(federation, hs.methods.Scaffold(), hs.schedules.synchronous(cohort=4), rounds=2)
+    run.save(tmp_path)
+    again = hs.resume(tmp_path)
+    assert again.history == run.history and all(torch.equal(again.weights[n], t) for n, t in run.weights.items())
+
+
+def test_saving_into_its_own_folder_keeps_the_checkpoint(federation: hs.Federation, tmp_path: Path) -> None:
+    run = hs.run(federation, hs.methods.Scaffold(), hs.schedules.synchronous(cohort=4), rounds=2, out=tmp_path)
+    before = Folder(tmp_path).load()
+    run.save(tmp_path)
+    after = Folder(tmp_path).load()
+    assert before and after and before.keys() == after.keys() and all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_a_run_is_complete_only_with_a_checkpoint_of_its_last_round(federation: hs.Federation, tmp_path: Path) -> None:
+    hs.run(federation, hs.methods.FedAvg(), hs.schedules.synchronous(cohort=4), rounds=2, out=tmp_path)
+    assert Folder(tmp_path).complete(2) and not Folder(tmp_path).complete(3)
+    (tmp_path / CHECKPOINT).unlink()
+    assert not Folder(tmp_path).complete(2)
+
+
+@pytest.mark.parametrize(("field", "value"), [("rounds", 0), ("evaluate", -1)])
+def test_python_calls_are_checked_like_files(federation: hs.Federation, field: str, value: int) -> None:
+    with pytest.raises(hs.ConfigError, match=f"{field}: '{value}' is not allowed"):
+        hs.run(federation, hs.methods.FedAvg(), **{field: value})  # type: ignore[arg-type]
+
+
+def test_a_loss_too_large_for_a_float32_sum_is_no_divergence() -> None:
+    """Every client's loss is finite; only their weighted sum in float32 would not be."""
+    federation = hs.Federation(hs.tasks.quadratics(), clients=10, partition=hs.natural())
+    for lr in (3.0, 4.0, 5.0, 6.0, 7.0):
+        try:
+            run = hs.run(federation, hs.methods.FedAvg(lr=lr, steps=10), hs.schedules.synchronous(10), rounds=3, evaluate=0)
+            assert all(math.isfinite(r["loss"]) for r in run.history)
+        except hs.DivergedError as error:
+            assert "client" in str(error) or "test loss" in str(error) or "model" in str(error)

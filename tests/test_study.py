@@ -127,3 +127,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"out: .* cannot be written: Not a directory"):
         study(tmp_path / "file" / "x").run()
+
+
+def test_a_later_study_is_not_resumed_with_runs_of_the_earlier_one(tmp_path: Path) -> None:
+    study(tmp_path, method=["FedAvg", "FedProx"], seed=0).run()
+    later = study(tmp_path, method=["FedAvg", "FedProx"], seed=0, partition="dirichlet(0.5)")
+    later._prepare(resume=False)  # killed before its first run
+    assert {r.settings["partition"].split("(")[0] for r in Study.open(tmp_path).run(resume=True)} == {"dirichlet"}

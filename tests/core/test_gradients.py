@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small_clients import batch_of, chain, plainly
 from torch import Tensor, nn
 
+from hanse.core.errors import ConfigError
 from hanse.core.gradients import linear_chain, paths
 from hanse.core.losses import PerSample, cross_entropy, squared_error
 from hanse.core.problem import Problem
@@ -210,3 +211,17 @@ def test_batch_norm_runs_on_the_loop_alone_and_on_real_samples_alone() -> None:
         stats = problem.buffer_layout.flatten(dict(own.named_buffers()))
         torch.testing.assert_close(buffers[i], stats, rtol=1e-12, atol=1e-12)
         assert not torch.equal(stats, problem.start_buffers)
+
+
+def test_models_with_five_dimensional_weights_run() -> None:
+    model = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 4**3, 3))
+    problem = Problem(model)
+    x, y = torch.randn(2, 5, 1, 4, 4, 4), torch.randint(3, (2, 5))
+    batch = Batch(x, y, None, torch.arange(2), 0, 0, 0)
+    gradient, losses = paths(problem)["loop"].grad(problem.start.repeat(2, 1), batch, problem.start_buffers.repeat(2, 1))
+    assert gradient.isfinite().all() and losses.isfinite().all()
+
+
+def test_batch_norm_that_depends_on_the_order_of_batches_is_refused() -> None:
+    with pytest.raises(ConfigError, match="momentum=None is not allowed"):
+        Problem(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None)))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from small_networks import ask, dropping, network, normed, rounds, same
+from torch import nn
 
 import hanse as hs
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
@@ -354,3 +355,33 @@ def test_virtual_files_go_with_the_network(ragged: hs.Federation) -> None:
     assert isinstance(folder, Path) and list(folder.iterdir())
     del net
     assert not folder.exists()
+
+
+class attentive(hs.tasks.digits):
+    """A model whose dropout draws from torch's global generator."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Unflatten(1, (8, 8)), nn.TransformerEncoderLayer(8, 2, 16), nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_dropout_that_cannot_repeat_is_refused() -> None:
+    with pytest.raises(hs.ConfigError, match=r"dropout of 1.self_attn is not allowed"):
+        hs.run(hs.Federation(attentive(), clients=4), hs.methods.FedAvg(), rounds=1)
+
+
+def test_one_number_a_client_is_summed_too() -> None:
+    seen = []
+
+    class Counts(hs.methods.FedAvg):
+        """FedAvg that also sums the clients' steps."""
+
+        def train(self, ctx):  # type: ignore[no-untyped-def]
+            return ctx.upload(self.weigh(ctx), delta=ctx.displacement(self.direction), steps=ctx.steps.to(ctx.loss.dtype))
+
+        def step(self, state, reply, round):  # type: ignore[no-untyped-def]
+            seen.append((reply.sums["steps"], reply.weight))
+            return super().step(state, reply, round)
+
+    hs.run(hs.Federation(hs.tasks.digits(), clients=6), Counts(steps=3, weights="uniform"), hs.schedules.synchronous(6), rounds=1)
+    ((total, weight),) = seen
+    assert total.tolist() == [18.0] and weight.sum() == 6

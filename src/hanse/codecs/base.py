@@ -12,7 +12,10 @@ from hanse.core.part import Part
 
 
 class Codec(Part):
-    """Base of all codecs. ``decode(encode(x))`` equals a row of ``roundtrip`` bit for bit, with the same number of bytes."""
+    """Base of all codecs. ``decode(encode(x))`` equals a row of ``roundtrip`` bit for bit, with the same number of bytes.
+
+    A codec changes what the server receives, not what a client remembers of what it sent.
+    """
 
     kind: ClassVar[str] = "codec"
     abstract: ClassVar[bool] = True
