@@ -68,7 +68,7 @@ def measure(
         )
         spent = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
         spent[-1] = spent[-2]  # the last one evaluates
-        w, arrangement = problem.layout.flatten(found.weights), found.notes["arrangement"]
+        w, arrangement = found.state["state.x"], found.notes["arrangement"]
     scores = problem.evaluate(w, problem.start_buffers, split.test_x, split.test_y)
     return {
         "seconds": statistics.median(spent[1:]),

@@ -20,7 +20,7 @@ from hanse.core.layout import Layout, select
 from hanse.core.losses import PerSample, accuracy, cross_entropy
 from hanse.core.samples import Samples
 
-EVALUATION_CHUNK = 4096
+EVALUATION_CHUNK = 512
 """Samples per forward pass of an evaluation; large enough to be efficient, small enough for activations to fit."""
 
 
@@ -72,6 +72,8 @@ class Problem:
             if n not in trained and n not in stats
         }
         self.start = self.layout.flatten(trained)
+        for name, view in self.layout.views(self.start).items():
+            trained[name].data = view  # the recipe's own weights need no memory of their own
         self.start_buffers = self.buffer_layout.flatten(stats).to(self.device, dtype)
         self.shared_buffers = self.start_buffers.repeat(domains, 1) if buffers == "domain" else self.start_buffers
         """What the server holds at first: ``[Q]``, or one row a domain ``[domains, Q]``."""

@@ -53,7 +53,7 @@ class FedAvg(Method):
         return Plan(self.batch, self.epochs, self.steps, self.shuffle)
 
     def init(self, problem: Problem) -> State:
-        x = problem.start[: problem.shared].clone()
+        x = problem.start[: problem.shared]
         shared = {"buffers": problem.shared_buffers} if problem.shares_buffers else {}
         return {"x": x, **shared, **{f"server.{n}": t for n, t in self.server.slots(x).items()}}
 
