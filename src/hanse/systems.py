@@ -25,8 +25,8 @@ SYSTEMS = (
         paper="Cheng, Huang, Wu, Yuan, ICLR 2024, arXiv 2306.16504; McMahan et al. 2017; Li et al. 2020; Reddi et al. 2021",
         status="partly",
         implemented="FedAvg, FedProx, FedAdam, FedYogi, FedAdagrad, FedAvgM, Scaffold; FedAvg_M, Scaffold_M, with _VR forms",
-        shown="every exact check in tests/methods; on digits FedAvg-M trains below FedAvg, and SCAFFOLD-M below SCAFFOLD, each at its own "
-        "rate, but not in half the rounds; not shown at CIFAR-10 size",
+        shown="every exact check in tests/methods; on digits FedAvg-M trains below FedAvg, and SCAFFOLD-M below SCAFFOLD, "
+        "each at its own rate, but not in half the rounds; not shown at CIFAR-10 size",
     ),
     System(
         slug="fedspeed",
@@ -34,7 +34,7 @@ SYSTEMS = (
         paper="Sun, Shen, Huang, Ding, Tao, ICLR 2023, arXiv 2302.10429",
         status="partly",
         implemented="FedSpeed, both server modes",
-        shown="every exact check in tests/methods; on digits more accurate than FedAvg and FedProx; that it loses less from longer local "
-        "training was not seen, because FedAvg loses nothing there; not shown at CIFAR-10 size",
+        shown="every exact check in tests/methods; on digits more accurate than FedAvg and FedProx; that it loses less from "
+        "longer local training was not seen, because FedAvg loses nothing there; not shown at CIFAR-10 size",
     ),
 )
