@@ -385,3 +385,10 @@ def test_one_number_a_client_is_summed_too() -> None:
     hs.run(hs.Federation(hs.tasks.digits(), clients=6), Counts(steps=3, weights="uniform"), hs.schedules.synchronous(6), rounds=1)
     ((total, weight),) = seen
     assert total.tolist() == [18.0] and weight.sum() == 6
+
+
+def test_a_checkpoint_of_another_format_is_refused(even: hs.Federation) -> None:
+    net, other = network(even), network(even)
+    rounds(net, 1)
+    with pytest.raises(CheckpointError, match="has format 2; this version of hanse reads format 1"):
+        other.restore({**net.snapshot(), "format": torch.tensor([2])})

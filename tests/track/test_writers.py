@@ -49,3 +49,30 @@ def test_a_missing_extra_is_named(name: str, tmp_path: Path) -> None:
     ) as caught:
         WRITERS[name]("a run", tmp_path, {})
     assert caught.value.exit_status == 2
+
+
+def test_mlflow_keeps_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    writer = WRITERS["mlflow"]("a run", tmp_path, {"task": "digits"})
+    for t in (1, 2, 3):
+        writer.write(made_runs.record(t, accuracy=0.1 * t))
+    writer.close()
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("hanse").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params == {"task": "digits"}
+    history = client.get_metric_history(run.info.run_id, "accuracy")
+    assert [(m.step, m.value) for m in history] == [(t, pytest.approx(0.1 * t)) for t in (1, 2, 3)]
+
+
+def test_wandb_keeps_every_round_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writer = WRITERS["wandb"]("a run", tmp_path, {"task": "digits"})
+    for t in (1, 2, 3):
+        writer.write(made_runs.record(t, accuracy=0.1 * t))
+    writer.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

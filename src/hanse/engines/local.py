@@ -61,6 +61,10 @@ AS_IS = {"buffers", "domain"}
 """What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""
 
 
+FORMAT = 1
+"""Version of a checkpoint's layout; one that reads differently counts up."""
+
+
 class Traffic(NamedTuple):
     """Cumulative costs of a run."""
 
@@ -211,6 +215,7 @@ class LocalNetwork:
         return {
             **{f"state.{n}": t for n, t in self.state.items()},
             **{f"kept.{n}": t for n, t in self.kept.snapshot().items()},
+            "format": torch.tensor([FORMAT]),
             "taken": self.taken.clone(),
             "seconds": torch.tensor([self.traffic.seconds], dtype=torch.float64),
             "loss": torch.tensor([self.loss], dtype=torch.float64),  # of the last round with anyone in it
@@ -219,8 +224,11 @@ class LocalNetwork:
 
     def restore(self, saved: Tensors) -> None:
         """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
+        version = int(saved["format"][0]) if "format" in saved and saved["format"].numel() == 1 else None
+        if version not in (None, FORMAT):
+            raise CheckpointError(f"the checkpoint has format {version}; this version of hanse reads format {FORMAT}")
         part = {p: {n[len(p) :]: t for n, t in saved.items() if n.startswith(p)} for p in ("state.", "kept.")}
-        own = {n: t for n, t in self.snapshot().items() if n in ("taken", "seconds", "loss", "counters")}
+        own = {n: t for n, t in self.snapshot().items() if n in ("format", "taken", "seconds", "loss", "counters")}
         x = part["state."].get("x")
         if x is None or x.shape != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
             raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
