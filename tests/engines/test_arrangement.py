@@ -18,6 +18,12 @@ def go(federation: hs.Federation, engine: hs.engines.local | None = None) -> hs.
     return hs.run(federation, hs.methods.FedAvg(), hs.schedules.synchronous(6), rounds=1, evaluate=0, engine=engine)
 
 
+@pytest.fixture(scope="session")
+def open_choice() -> hs.Federation:
+    """A frozen layer leaves the stacked path out, so that there is something to choose."""
+    return hs.Federation(hs.tasks.digits(hidden=8), clients=12, dtype="float64", frozen=("0.*",))
+
+
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Grows with every execution that is not a round's own."""
     calls: list[bool] = []
@@ -31,17 +37,17 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-def test_the_choice_is_remembered_and_used_again(even: hs.Federation, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_remembered_and_used_again(open_choice: hs.Federation, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = timed(monkeypatch)
-    first = go(even)
+    first = go(open_choice)
     trials = len(calls)
     (file,) = cache.glob("arrangements/*.json")
     assert trials > 2
-    second = go(even)
+    second = go(open_choice)
     assert len(calls) == trials + 1 and second.notes == first.notes
-    for choice in candidates(network(even, path=None, chunk=None, workers=None, threads=None), torch.arange(6)):
+    for choice in candidates(network(open_choice, path=None, chunk=None, workers=None, threads=None), torch.arange(6)):
         file.write_text(json.dumps(choice))
-        engine = hs.engines.local.parse(go(even).notes["arrangement"])
+        engine = hs.engines.local.parse(go(open_choice).notes["arrangement"])
         assert engine.fixed() == choice
 
 
@@ -61,17 +67,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "null", "[1, 2]", '["no path", 1, 1, 1]', '["loop", 0, 1, 1]', '["loop", "x", 1, 1]'])
-def test_a_damaged_memory_is_ignored(even: hs.Federation, cache: Path, quick: None, text: str) -> None:
-    first = go(even)
+def test_a_damaged_memory_is_ignored(open_choice: hs.Federation, cache: Path, quick: None, text: str) -> None:
+    first = go(open_choice)
     (file,) = cache.glob("arrangements/*.json")
     good = file.read_text()
     file.write_text(text)
-    assert go(even).notes == first.notes and file.read_text() == good
+    assert go(open_choice).notes == first.notes and file.read_text() == good
 
 
 def test_a_choice_for_one_model_is_not_taken_for_another(cache: Path, quick: None) -> None:
-    """Frozen layers leave out the stacked path, though the model prints alike."""
-    for frozen in ((), ("0.*",)):
+    """The models print alike, but other layers are frozen."""
+    for frozen in (("2.*",), ("0.*",)):
         go(hs.Federation(hs.tasks.digits(hidden=8), clients=12, frozen=frozen))
     assert len(list(cache.glob("arrangements/*.json"))) == 2
 
@@ -82,10 +88,16 @@ def test_no_cache_folder_is_no_error(even: hs.Federation, quick: None, tmp_path:
     assert go(even).notes["arrangement"]
 
 
-def test_what_is_fixed_stays(even: hs.Federation) -> None:
-    net = network(even, path=None, chunk=3, workers=None, threads=1)
+def test_what_is_fixed_stays(open_choice: hs.Federation) -> None:
+    net = network(open_choice, path=None, chunk=3, workers=None, threads=1)
     options = candidates(net, torch.arange(12))
     assert len(options) > 1 and all(o.chunk == 3 and o.threads == 1 and o.path in net.paths for o in options)
+
+
+def test_nothing_is_timed_where_there_is_one_way(even: hs.Federation, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = timed(monkeypatch)
+    go(even, hs.engines.local(workers=1, chunk=6))
+    assert len(calls) == 1 and not list(cache.glob("arrangements/*.json"))
 
 
 class Branching(nn.Module):

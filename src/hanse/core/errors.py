@@ -12,19 +12,15 @@ from collections.abc import Iterable
 class HanseError(Exception):
     """Base of all errors a user can cause or meet. ``exit_status`` is what the command line leaves with."""
 
-    exit_status = 1
+    exit_status = 2
 
 
 class ConfigError(HanseError):
     """A setting is wrong: unknown name, value out of range, settings that contradict each other."""
 
-    exit_status = 2
-
 
 class DataError(HanseError):
     """Data are missing, malformed or do not fit the task."""
-
-    exit_status = 2
 
 
 class CodecError(HanseError):
@@ -34,19 +30,13 @@ class CodecError(HanseError):
 class CheckpointError(HanseError):
     """A checkpoint or run folder is missing, truncated, foreign or cannot be written."""
 
-    exit_status = 2
-
 
 class DivergedError(HanseError):
     """Training produced NaN or infinity."""
 
-    exit_status = 2
-
 
 class MissingExtraError(HanseError):
     """An optional dependency is not installed."""
-
-    exit_status = 2
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs the extra {extra!r}: pip install 'hanse[{extra}]'")

@@ -60,8 +60,8 @@ def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
     rowless = single and shared and net.method.plain and net.codec.plain and engine.shortcuts
     found = []
     for path, gradient in net.paths.items():
-        if path == "vmap" and "stacked" in net.paths and engine.path is None:
-            continue  # the same products with more overhead, and a second to import what it needs
+        if path != "stacked" and "stacked" in net.paths and engine.path is None:
+            continue  # where layers can be stacked, the general ways do the same products with more overhead and more memory
         chunks = {1} if path == "loop" else {fitting}
         if rowless and gradient.descend is not None:
             chunks |= {size, -(-size // cores)}
