@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout, select
@@ -121,11 +121,23 @@ class Problem:
         if w.dim() == 1:
             each = self.scores(w, buffers, *samples.take(torch.arange(int(samples.offsets[0]), int(samples.offsets[-1]))))
         else:
-            lots = [
-                self.scores(w[c], buffers[c] if buffers.dim() > 1 else buffers, *samples.of(c))
-                for c in range(samples.clients)
-                if counts[c]
-            ]
-            each = {name: torch.cat([lot[name] for lot in lots]) for name in lots[0]}
+            each = self._own_scores(w, buffers.expand(len(w), -1), samples)
         total = torch.zeros(samples.clients, dtype=torch.float64)
         return {name: total.index_add(0, owner, v.double().cpu()) / counts for name, v in each.items()}
+
+    @torch.no_grad()
+    def _own_scores(self, w: Tensor, buffers: Tensor, samples: Samples) -> dict[str, Tensor]:
+        """Loss and metrics of every sample under its client's own model, in client order, several clients a forward pass."""
+        counts, last = samples.counts(), int(samples.offsets[-1]) - 1
+        size = int(counts.max())
+        place, many = torch.arange(size), max(1, EVALUATION_CHUNK // size)
+        forward = vmap(lambda w, buffers, x: functional_call(self.model, self.named(w, buffers), (x,)))
+        self.model.eval()
+        parts: dict[str, list[Tensor]] = {}
+        for ids in (torch.arange(i, min(i + many, len(w))) for i in range(0, len(w), many)):
+            real = place < counts[ids, None]
+            x, y = samples.take((samples.offsets[ids, None] + place * real).clamp(max=last))
+            output = forward(w[ids], buffers[ids], x).flatten(0, 1)
+            for name, score in {"loss": self.loss, **self.metrics}.items():
+                parts.setdefault(name, []).append(score(output, y.flatten(0, 1))[real.flatten().to(output.device)])
+        return {name: torch.cat(values) for name, values in parts.items()}
