@@ -138,7 +138,7 @@ class Context:
             self.totals["delta"] = torch.zeros_like(self.start)
         total = self.totals["delta"]
         batches = self.plan.batches(self.samples, self.ids, self.streams, self.round)
-        self.loss = self.path.descend(total, self.start, batches, self.steps.tolist(), self.lr, weight)
+        self.loss = self.path.descend(total, self.start, batches, self.steps.cpu(), self.lr, weight)
         return total
 
     def upload(self, weight: Tensor, rows: Tensors | None = None, **sums: Tensor) -> Upload:

@@ -26,7 +26,7 @@ from hanse.core.losses import cross_entropy, squared_error
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch
 
-Descend = Callable[[Tensor, Tensor, Iterable[tuple[int, Batch]], list[int], float, Tensor], Tensor]
+Descend = Callable[[Tensor, Tensor, Iterable[tuple[int, Batch]], Tensor, float, Tensor], Tensor]
 """Plain SGD: ``(total [P], start [P], batches, steps per client, lr, weight [C])`` adds ``sum_i weight_i (w_i - start)``
 to ``total`` and returns the mean losses ``[C]``."""
 
@@ -235,18 +235,18 @@ class Stacked:
         total: Tensor,
         start: Tensor,
         batches: Iterable[tuple[int, Batch]],
-        lengths: list[int],
+        lengths: Tensor,
         lr: float,
         weight: Tensor,
     ) -> Tensor:
         """Two exact shortcuts: the first step reads ``start`` itself (one large product, no copies), and a client's last step goes
         straight into the sum, so that a single-step round never makes C models.
         """
-        losses = start.new_zeros(len(lengths))
+        losses, ends = start.new_zeros(len(lengths)), lengths.numpy()
         w: Tensor | None = None
         with torch.inference_mode():  # total and losses live outside; everything in between is cheaper inside
             for k, (active, batch) in enumerate(batches):
-                going = sum(length > k + 1 for length in lengths)  # clients are sorted: the first ``going`` have more to do
+                going = int((ends > k + 1).sum())  # clients are sorted: the first ``going`` have more to do
                 factors, loss = self._factors(start if w is None else w[:active], batch)
                 losses[:active] += loss
                 if going < active:
@@ -257,7 +257,7 @@ class Stacked:
                 if going:
                     w = start.repeat(going, 1) if w is None else w[:going]
                     self._step_rows(w, [(d[:going], h[:going]) for d, h in factors] if going < active else factors, lr)
-        return losses.div_(start.new_tensor(lengths))
+        return losses.div_(lengths.to(losses.device))
 
     def _step_rows(self, w: Tensor, factors: list[tuple[Tensor, Tensor]], lr: float) -> None:
         """``w -= lr * gradient``, row by row."""
