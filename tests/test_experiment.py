@@ -82,7 +82,7 @@ def test_a_run_folder_holds_the_run(federation: hs.Federation, tmp_path: Path) -
 @pytest.mark.parametrize("seed", [0, 3])
 def test_settings_in_a_folder_rebuild_the_same_run(tmp_path: Path, seed: int) -> None:
     federation = hs.Federation(
-        hs.tasks.digits(hidden=8), clients=9, partition=hs.dirichlet(0.7), fleet=hs.fleet.phones(slow=0.2), seed=2
+        hs.tasks.digits(hidden=8), clients=9, partition=hs.dirichlet(0.7), fleet=hs.fleet.phones(), seed=2
     )
     rule = hs.methods.FedProx(mu=0.3, lr=cosine(0.2, rounds=9), clip=1.5)
     run = go(federation, rule, out=tmp_path, seed=seed, codec=hs.codecs.topk(0.3))

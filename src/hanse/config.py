@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from hanse.core.errors import ConfigError, unknown
 
@@ -58,7 +68,9 @@ class Settings(BaseModel):
     engine: str = "local"
     """Where it runs, e.g. local(path="loop", workers=2)."""
     rounds: PositiveInt = 100
-    """Rounds to run."""
+    """Rounds to run: how often the model moves."""
+    seconds: PositiveFloat | None = None
+    """Virtual seconds after which a run ends, however many rounds it has had by then."""
     seed: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_names), Field(min_length=1)] = (0,)
     """Seed of everything random; with several, results are averaged."""
     split_seed: NonNegativeInt | None = None

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from hanse.codecs.base import Codec, identity
 from hanse.config import Settings
-from hanse.core.errors import DivergedError, HanseError
+from hanse.core.errors import DivergedError
 from hanse.core.messages import Tensors
+from hanse.engines.estimate import drive
 from hanse.engines.local import LocalNetwork, local
 from hanse.federation import Federation
+from hanse.fleet.clock import NEVER, SECOND, Jobs
 from hanse.methods.base import Method
 from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
 from hanse.track.folder import CLIENTS, Folder, worst_share
-from hanse.track.run import Record, Run
+from hanse.track.run import Job, Record, Run
 
 CHECKPOINT_SECONDS = 5.0
 COHORT_LISTED = 256
 """Longest cohort written into the history client by client."""
+JOBS_LISTED = 5000
+"""Jobs of a run that are written into its history one by one."""
 
 
 class Writer(Protocol):
@@ -39,23 +43,34 @@ class Writer(Protocol):
         ...
 
 
+def job_row(job: Jobs, at: int, used: bool) -> Job:
+    """A job that ended at ``at``, for the history: client, version and its times in seconds, None for those that never came."""
+    names = "sent", "received", "computed", "arrives"
+    sent, received, computed, arrived = (None if job[n] >= NEVER or job[n] > at else int(job[n]) / SECOND for n in names)
+    return [int(job["client"]), int(job["version"]), sent, received, computed, arrived, at / SECOND if used else None]
+
+
 class Recorder:
     """Turns committed rounds into history, evaluations and checkpoints."""
 
-    def __init__(self, result: Run, rounds: int, every: int, folder: Folder | None, writers: Sequence[Writer]) -> None:
-        self.result, self.rounds, self.every, self.folder, self.writers = result, rounds, every, folder, writers
-        self.saved_at, self.saved_round = time.monotonic(), -1
+    def __init__(self, result: Run, every: int, folder: Folder | None, writers: Sequence[Writer]) -> None:
+        self.result, self.every, self.folder, self.writers = result, every, folder, writers
+        self.saved_at, self.saved_round = time.monotonic(), 0
+        self.jobs = 0
 
     def __call__(self, net: LocalNetwork) -> None:
-        due = net.round == self.rounds or (self.every > 0 and net.round % self.every == 0)
+        due = net.finished or (self.every > 0 and net.round % self.every == 0)
         record = Record(
             round=net.round,
-            seconds=net.traffic.seconds,
-            bytes_down=net.traffic.down,
-            bytes_up=net.traffic.up,
+            seconds=net.now,
+            bytes_down=net.clock.down,
+            bytes_up=net.clock.up,
+            updates=net.updates,
+            staleness=net.staleness,
             loss=net.loss,
             metrics=evaluate(net) if due else {},
             cohort=net.cohort.tolist() if len(net.cohort) <= COHORT_LISTED else [],
+            jobs=self._jobs(net),
         )
         self.result.history.append(record)
         if net.arrangement is not None and "arrangement" not in self.result.notes:
@@ -64,10 +79,19 @@ class Recorder:
                 self.folder.describe(self.result)
         if self.folder is not None:
             self.folder.append(record)
-            if net.round == self.rounds or net.stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            if net.finished or net.stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                 self.save(net)
         for writer in self.writers:
             writer.write(record)
+
+    def _jobs(self, net: LocalNetwork) -> list[Job]:
+        """The jobs that ended in this round, up to ``JOBS_LISTED`` in all."""
+        ended, net.clock.ended = net.clock.ended, []
+        if net.now == 0 or self.jobs >= JOBS_LISTED:
+            return []
+        listed = [job_row(job, at, used) for jobs, at, used in ended for job in jobs]
+        self.jobs += len(listed)
+        return listed
 
     def save(self, net: LocalNetwork) -> None:
         """Write a checkpoint; raises ``DivergedError`` rather than save a model that is not finite."""
@@ -131,6 +155,7 @@ def run(
     schedule: Schedule | None = None,
     *,
     rounds: int = 100,
+    seconds: float | None = None,
     codec: Codec | None = None,
     engine: local | None = None,
     seed: int | None = None,
@@ -140,7 +165,7 @@ def run(
     resume: bool = False,
     on_start: Callable[[LocalNetwork], None] = lambda net: None,
 ) -> Run:
-    """Train ``method`` on ``federation`` for ``rounds`` rounds.
+    """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
 
     ``evaluate``: every how many rounds (0: only after the last). ``seed`` (default the federation's) draws cohorts and batches.
     ``out``: a run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``on_start`` gets the network before
@@ -156,6 +181,7 @@ def run(
         "codec": codec.full(),
         "engine": engine.full(),
         "rounds": str(rounds),
+        **({} if seconds is None else {"seconds": str(seconds)}),
         "seed": str(seed),
         "evaluate": str(evaluate),
     }
@@ -163,24 +189,26 @@ def run(
         settings["split_seed"] = str(federation.seed)
     Settings.read(None, settings)  # the same checks as for a file or the command line
     result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)
-    recorder = Recorder(result, rounds, evaluate, folder, writers)
+    recorder = Recorder(result, evaluate, folder, writers)
     if folder is not None and resume:
         result.notes = folder.read().notes
         if "arrangement" in result.notes:
             engine = local.parse(result.notes["arrangement"])
-    net = LocalNetwork(federation, method, engine, codec, seed=seed, rounds=rounds, on_commit=recorder)
+    end = math.inf if seconds is None else seconds
+    net = LocalNetwork(federation, method, engine, codec, seed=seed, rounds=rounds, seconds=end, on_commit=recorder)
     if folder is not None and resume:
         saved = folder.load()
         if saved is not None:
             net.restore(saved)
         result.history = folder.rewind(net.round)
+        recorder.jobs = sum(len(record["jobs"]) for record in result.history)
     elif folder is not None:
         folder.write(result)
     on_start(net)
     threads = torch.get_num_threads()
     try:
         drive(schedule.run(net, method))
-        if folder is not None and recorder.saved_round != net.round:  # stopped after the round's own chance to save
+        if folder is not None and net.round > recorder.saved_round:  # stopped after the round's own chance to save
             recorder.save(net)
     except DivergedError:
         recorded = 0 < net.round == len(result.history)  # else the model of this round is what went wrong
@@ -198,19 +226,10 @@ def run(
     own = per_client(net)
     if own and net.problem.metrics:
         result.clients["accuracy"] = own[next(iter(net.problem.metrics))]
-    if folder is not None and net.round == rounds:
+    if folder is not None and net.finished:
         folder.save(result.clients, CLIENTS)
         folder.describe(result)
     return result
-
-
-def drive(conversation: Coroutine[Any, Any, None]) -> None:
-    """Run a schedule's coroutine to its end; with this engine every answer is ready when it is awaited."""
-    try:
-        conversation.send(None)
-    except StopIteration:
-        return
-    raise HanseError("the schedule waits for something that this engine never sends")
 
 
 def resume(folder: Path | str, federation: Federation | None = None, writers: Sequence[Writer] = ()) -> Run:
@@ -227,6 +246,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
         method,
         schedule,
         rounds=settings.rounds,
+        seconds=settings.seconds,
         codec=codec,
         engine=engine,
         seed=settings.seed[0],

@@ -12,6 +12,7 @@ from hanse.core.problem import Problem
 from hanse.core.streams import Streams
 from hanse.data.partition import Partition, iid
 from hanse.data.task import Split, Task
+from hanse.fleet.population import Population
 from hanse.fleet.profiles import Fleet, ideal
 
 
@@ -68,6 +69,11 @@ class Federation:
         """The clients' samples and the global test set."""
         split = self.partition.split(self.task.data(self.streams), self.clients, self.streams)
         return split.to(self.device, self.dtype)
+
+    @cached_property
+    def population(self) -> Population:
+        """The clients as the fleet sees them."""
+        return Population(self.streams, self.clients, self.split.groups)
 
     @cached_property
     def problem(self) -> Problem:

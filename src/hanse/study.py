@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from hanse.config import Settings
-from hanse.core.errors import CheckpointError, ConfigError
+from hanse.core.errors import CheckpointError
 from hanse.engines.estimate import Estimate, estimate
 from hanse.engines.local import LocalNetwork
 from hanse.experiment import Writer, run
@@ -43,9 +44,6 @@ class Study:
         self.console = Console(stderr=True)
         self.stopped, self.single, self.net = False, False, None
         self.federations: dict[int, Federation] = {}
-        cohort = self.schedule.expected_cohort()
-        if cohort > settings.clients:
-            raise ConfigError(f"cohort: {cohort} is not allowed: there are {settings.clients} clients")
         for name in settings.track:
             require(name)
 
@@ -106,9 +104,8 @@ class Study:
         from hanse.experiment import evaluate
 
         seed, rounds = self.settings.seed[0], self.settings.rounds
-        net = LocalNetwork(
-            self.federation(seed), method, self.engine, self.codec, seed=seed, rounds=rounds, on_commit=lambda net: None
-        )
+        end = self.settings.seconds or math.inf
+        net = LocalNetwork(self.federation(seed), method, self.engine, self.codec, seed=seed, rounds=rounds, seconds=end)
         found = estimate(net, self.schedule)
         net.begin(method.init(net.problem))
         evaluate(net)
@@ -141,7 +138,7 @@ class Study:
                     break
                 there = resume and (path / SETTINGS).is_file()
                 done = len(Folder(path).history()) if there else 0
-                if there and Folder(path).complete(self.settings.rounds):
+                if there and Folder(path).complete():
                     runs.append(Folder(path).read())
                     display.run(path.name, done)
                     continue
@@ -163,6 +160,7 @@ class Study:
             method,
             self.schedule,
             rounds=self.settings.rounds,
+            seconds=self.settings.seconds,
             codec=self.codec,
             engine=self.engine,
             seed=seed,

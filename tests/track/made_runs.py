@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hanse.track.run import Record, Run
+from hanse.track.run import Job, Record, Run
 
 
 def record(
@@ -14,7 +14,29 @@ def record(
 ) -> Record:
     """One round; without accuracy it was not evaluated."""
     metrics = {} if accuracy is None else {"accuracy": accuracy, "test_loss": loss}
-    return Record(round=round, seconds=seconds, bytes_down=down, bytes_up=up, loss=loss, metrics=metrics, cohort=[0, 1])
+    return Record(
+        round=round,
+        seconds=seconds,
+        bytes_down=down,
+        bytes_up=up,
+        loss=loss,
+        metrics=metrics,
+        cohort=[0, 1],
+        staleness=0.0,
+        updates=2 * round,
+        jobs=[],
+    )
+
+
+def working(
+    *jobs: Job, method: str = "FedAvg", clients: int = 4, away: Sequence[tuple[int, float, float]] = (), **settings: str
+) -> Run:
+    """A run in whose last round all these jobs ended."""
+    made = run(method, clients=clients, **settings)
+    made.history[-1]["jobs"] = list(jobs)
+    made.history[-1]["seconds"] = max((time for job in jobs for time in job[2:] if time is not None), default=0.0)
+    made.clients["away"] = torch.tensor(away, dtype=torch.float64).reshape(-1, 3)
+    return made
 
 
 def run(

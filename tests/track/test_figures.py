@@ -2,12 +2,12 @@ import matplotlib._pylab_helpers
 import numpy as np
 import pytest
 import torch
-from made_runs import run
+from made_runs import run, working
 from matplotlib.colors import to_hex
 
 import hanse as hs
 from hanse.core.errors import ConfigError, DataError
-from hanse.track.figures import COLOURS, curves, draw_all, participation, per_client, save_all, split
+from hanse.track.figures import COLOURS, curves, draw_all, participation, per_client, save_all, split, timeline
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -36,6 +36,16 @@ def test_seeds_that_paid_differently_are_interpolated_where_both_have_values():
     expected = [[3, (0.3 + 0.0) / 2], [4, (0.4 + 0.2) / 2], [6, (0.6 + 0.6) / 2]]
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), expected)
     assert figure.axes[0].get_xlabel() == "bytes sent, up and down (kB)"
+
+
+def test_updates_are_an_axis_of_their_own_where_they_are_not_rounds_by_another_name():
+    runs = [run("FedAvg"), run("FedBuff")]
+    assert "accuracy-updates" not in draw_all(runs)
+    for record in runs[1].history:
+        record["updates"] = 5 * record["round"]
+    figure = draw_all(runs)["accuracy-updates"]
+    assert [line.get_xdata().tolist() for line in lines(figure).values()] == [[2, 4, 6], [5, 10, 15]]
+    assert figure.axes[0].get_xlabel() == "client updates"
 
 
 def test_rounds_without_evaluation_are_passed_over():
@@ -173,6 +183,124 @@ def test_nothing_known_about_participation_is_nothing_to_draw():
         record["cohort"] = []
     with pytest.raises(DataError, match="who took part"):
         participation([one])
+
+
+# ---- timeline
+
+
+def bars(figure, label):
+    """The bars of one kind as (row, from, to), in order."""
+    boxes = [c.get_paths() for c in figure.axes[0].collections if c.get_label() == label]
+    corners = [path.vertices for paths in boxes for path in paths]
+    return sorted((round(v[:, 1].mean()), v[:, 0].min(), v[:, 0].max()) for v in corners)
+
+
+def marks(figure, label):
+    """The marks of one kind as (row, when)."""
+    return [tuple(xy[::-1]) for line in figure.axes[0].lines if line.get_label() == label for xy in line.get_xydata()]
+
+
+def rows(figure):
+    return [int(tick.get_text()) for tick in figure.axes[0].get_yticklabels()]
+
+
+def test_bars_are_where_the_numbers_say_with_fast_clients_first():
+    figure = timeline(
+        working([3, 0, 0.0, 2.0, 30.0, 34.0, 34.0], [1, 0, 0.0, 1.0, 11.0, 14.0, 34.0], [1, 1, 34.0, 36.0, 46.0, 50.0, 50.0])
+    )
+    assert rows(figure) == [1, 3]
+    assert bars(figure, "receiving") == [(0, 0, 1), (0, 34, 36), (1, 0, 2)]
+    assert bars(figure, "computing") == [(0, 1, 11), (0, 36, 46), (1, 2, 30)]
+    assert bars(figure, "sending") == [(0, 11, 14), (0, 46, 50), (1, 30, 34)]
+    assert bars(figure, "reply waiting") == [(0, 14, 34)]
+    assert figure.axes[0].get_xlim() == (0, 50)
+    assert figure.axes[0].get_xlabel() == "virtual time (s)"
+    assert figure.axes[0].get_title("left") == "FedAvg, seed 0: 2 of 4 clients, all 50 s; computing 48 % of the time"
+
+
+def test_what_was_lost_or_dropped_is_marked_where_it_ended():
+    lost, dropped = [0, 0, 0.0, 1.0, 5.0, None, None], [1, 0, 0.0, 1.0, 6.0, 8.0, None]
+    figure = timeline(working(lost, dropped, [2, 0, 0.0, 1.0, 8.0, 9.0, 10.0]))
+    assert marks(figure, "no reply") == [(0, 5)]
+    assert marks(figure, "reply dropped") == [(1, 8)]
+    assert bars(figure, "sending") == [(1, 6, 8), (2, 8, 9)]
+    assert figure.axes[0].get_title("left").endswith("; computing 53 % of the time, 1 job without reply, 1 reply dropped")
+
+
+def test_work_that_a_client_left_ends_when_it_went_away():
+    jobs = [0, 0, 0.0, 1.0, None, None, None], [0, 1, 20.0, 21.0, None, None, None], [1, 0, 0.0, 2.0, 38.0, 39.0, 40.0]
+    away = [(0, 30.0, float("inf")), (1, 5.0, 6.0), (0, 10.0, 15.0), (2, 3.0, 4.0)]
+    figure = timeline(working(*jobs, away=away))
+    assert bars(figure, "computing") == [(0, 1, 10), (0, 21, 30), (1, 2, 38)]
+    assert marks(figure, "no reply") == [(0, 10), (0, 30)]
+    assert bars(figure, "away") == [(0, 10, 15), (0, 30, 40), (1, 5, 6)]  # client 2 never worked and has no row
+
+
+@pytest.mark.parametrize(("away", "end"), [((0, 25.0, 26.0), 25), ((1, 7.0, 8.0), 30)], ids=["went away", "was told to stop"])
+def test_work_that_was_broken_off_ends_with_the_clients_next_job_or_the_round_at_the_latest(away, end):
+    jobs = [0, 0, 0.0, 1.0, None, None, None], [0, 1, 20.0, 21.0, None, None, None], [1, 0, 0.0, 2.0, 28.0, 29.0, 30.0]
+    figure = timeline(working(*jobs, away=[away]))
+    assert bars(figure, "computing") == [(0, 1, 20), (0, 21, end), (1, 2, 28)]
+    assert marks(figure, "no reply") == [(0, 20), (0, end)]
+
+
+def test_a_client_that_never_received_anything_counts_as_slow():
+    figure = timeline(working([0, 0, 20.0, None, None, None, None], [1, 0, 0.0, 2.0, 28.0, 29.0, 30.0]))
+    assert rows(figure) == [1, 0]
+    assert bars(figure, "computing") == [(0, 2, 28)]
+    assert marks(figure, "no reply") == [(1, 20)]
+
+
+def jobs_of(client, seconds, jobs, wait=0.0):
+    """Jobs one after the other, of ``seconds`` each, the replies waiting longer than that."""
+    return [[client, t, t * seconds, t * seconds, t * seconds + seconds / 2, (t + 1) * seconds, (t + 1) * seconds + wait]
+            for t in range(jobs)]  # fmt: skip
+
+
+@pytest.mark.parametrize("wait", [0.0, 500.0])
+def test_the_picture_ends_where_typical_jobs_can_still_be_told_apart(wait):
+    jobs = [job for client, seconds in enumerate((4.0, 8.0, 8.0, 16.0)) for job in jobs_of(client, seconds, 100, wait)]
+    figure = timeline(working(*jobs))
+    assert figure.axes[0].get_xlim() == (0, 2)  # minutes: 15 jobs of the median length, 8 s
+    assert figure.axes[0].get_xlabel() == "virtual time (min)"
+    drawn = [row for row, *_ in bars(figure, "computing")]
+    assert [drawn.count(row) for row in range(4)] == [30, 15, 15, 8]
+    assert max(end for *_, end in bars(figure, "computing")) == 2
+    assert ", first 2 min; computing 51 % of the time" in figure.axes[0].get_title("left")
+
+
+def test_of_many_clients_those_with_most_jobs_are_drawn():
+    jobs = [job for client in range(60) for job in jobs_of(client, 5.0 - client / 100, 2 if client % 3 else 1)]
+    late = [[0, 5, 1000.0 + t, 1000.0 + t, 1001.0 + t, 1001.0 + t, 1001.0 + t] for t in range(9)]  # beyond the picture
+    figure = timeline(working(*jobs, *late, clients=90))
+    assert rows(figure) == [client for client in range(59, 0, -1) if client % 3]
+    assert "the 40 busiest of 90 clients" in figure.axes[0].get_title("left")
+
+
+def test_aggregations_are_marked_unless_there_are_very_many():
+    def lines_of(figure):
+        return [path.vertices[0, 0] for c in figure.axes[0].collections if c.get_label() == "aggregation" for path in c.get_paths()]
+
+    assert lines_of(timeline(working(*jobs_of(0, 2.0, 3), *jobs_of(1, 3.0, 2)))) == [2, 3, 4, 6]
+    assert lines_of(timeline(working(*(job for client in range(51) for job in jobs_of(client, 2.0 + client / 99, 1))))) == []
+
+
+def test_thousands_of_jobs_are_a_handful_of_artists():
+    figure = timeline(working(*(job for client in range(40) for job in jobs_of(client, 10.0, 100, 1.0))))
+    assert len(figure.axes[0].collections) == 4  # nothing is received, as that took no time; with the aggregations
+
+
+@pytest.mark.parametrize("jobs", [[], [[0, 0, 5.0, 5.0, 5.0, 5.0, 5.0]]], ids=["none", "no time"])
+def test_without_time_nobody_worked_at_any(jobs):
+    with pytest.raises(DataError, match="who worked when"):
+        timeline(working(*jobs))
+
+
+def test_the_first_run_of_up_to_three_schedules_is_drawn():
+    job = jobs_of(0, 2.0, 1)
+    runs = [working(*job, method=f"M{i}", schedule=name) for i, name in enumerate(("a(k=1)", "a(k=1)", "a(k=2)", "b", "c"))]
+    titles = [figure.axes[0].get_title("left") for name, figure in draw_all(runs).items() if name.startswith("timeline")]
+    assert [title.split(", seed")[0] for title in titles] == ["M0, a(k=1)", "M2, a(k=2)", "M3, b"]
 
 
 # ---- clients

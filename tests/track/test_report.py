@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import record, run
+from made_runs import record, run, working
 
 from hanse.core.errors import CheckpointError, DataError
 from hanse.track.report import notes, settings, write_report
@@ -210,7 +210,8 @@ def test_nobody_beats_the_first_leader_and_without_spread_ties_are_exact(values,
 @pytest.mark.parametrize(
     ("against", "amount", "text"),
     [("rounds", 60, "60"), ("rounds", 17.333, "17.3"), ("bytes", 900, "900 B"), ("bytes", 12_345_678, "12.3 MB"),
-     ("bytes", 1_234_567_890_123, "1,235 GB"), ("seconds", 0.25, "0.25 s"), ("seconds", 7200, "2 h"), ("seconds", None, "-")],
+     ("bytes", 1_234_567_890_123, "1,235 GB"), ("seconds", 0.25, "0.25 s"), ("seconds", 7200, "2 h"), ("seconds", None, "-"),
+     ("updates", 1234, "1,234")],
 )  # fmt: skip
 def test_costs_read_well(against, amount, text):
     assert cost_text(against, amount) == text
@@ -239,6 +240,12 @@ def test_the_page_holds_numbers_pictures_settings_and_notes(tmp_path):
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert sorted(embedded) == sorted(p.read_bytes() for p in (tmp_path / "out" / "figures").glob("*.png"))
     assert len(embedded) == 7
+
+
+def test_the_page_shows_the_timeline_in_a_row_of_its_own_after_participation(tmp_path):
+    page = write_report([working([0, 0, 0.0, 1.0, 2.0, 3.0, 4.0])], tmp_path, "Timed").read_text()
+    assert re.findall(r'<img class="wide" alt="([^"]+)"', page) == ["split", "participation", "timeline"]
+    assert (tmp_path / "figures" / "timeline.png").is_file()
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):

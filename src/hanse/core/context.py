@@ -22,40 +22,48 @@ Direction = Callable[["Context", Tensor, Batch], Tensor]
 
 @dataclass
 class Context:
-    """The work of C clients in one round.
+    """The work of C clients, side by side.
 
-    ``message``: what the server sent, the same to all. ``state``: what these
-    clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: where nobody needs single clients' sums, the running
-    sums over clients so far, to which ``train`` may add by itself.
+    ``rounds`` ``[C]`` names each client's work: all its chance is drawn for it. ``steps`` ``[C]`` are its local steps, never rising
+    along C. ``message``: what the server sent, the same to all, or, if ``mixed``, a row a client, because they started from
+    different versions. ``state``: what these clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: where
+    nobody needs single clients' sums, the running sums over clients so far, to which ``train`` may add by itself.
     """
 
     problem: Problem
     path: GradientPath
     samples: Samples
     streams: Streams
-    round: int
     ids: Tensor
+    rounds: Tensor
+    steps: Tensor
     message: Tensors
+    mixed: bool
     state: Tensors
     plan: Plan
-    lr: float
+    lr: float | Tensor
     local: Optimizer
     clip: float | None = None
     totals: Tensors | None = None
     buffers: Tensor = field(init=False)
     private: Tensor | None = field(init=False)
     loss: Tensor = field(init=False)
+    _lengths: Tensor = field(init=False)
     _first_pass: bool = True
     _private_gradient: Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = self.samples.counts(self.ids)
-        self.counts, self.steps = counts.to(self.problem.device), self.plan.lengths(counts).to(self.problem.device)
+        self.counts, self._lengths, self.steps = counts.to(self.problem.device), self.steps, self.steps.to(self.problem.device)
         problem, everyone = self.problem, len(self.ids)
         self.private = self.state.get("private")
         buffers = self.state.get("buffers", self.message.get("buffers", problem.start_buffers))
         if "buffers" not in self.state:  # the server's, one for all or one a domain
-            buffers = buffers.expand(everyone, -1).clone() if buffers.dim() == 1 else buffers[self.domain]
+            own = torch.arange(everyone, device=problem.device)
+            if problem.shared_buffers.dim() > 1:
+                buffers = buffers[own, self.domain] if self.mixed else buffers[self.domain]
+            else:
+                buffers = buffers.expand(everyone, -1).clone()
         self.buffers = buffers
         self.loss = torch.zeros(everyone, dtype=problem.dtype, device=problem.device)
 
@@ -67,7 +75,7 @@ class Context:
 
     @property
     def start(self) -> Tensor:
-        """The model the clients start from, ``[P]``."""
+        """The model the clients start from, ``[P]``, or ``[C, P]`` if ``mixed``."""
         return self.message["x"]
 
     def grad(self, w: Tensor, batch: Batch) -> Tensor:
@@ -94,10 +102,33 @@ class Context:
         """The same work, seen by its first ``active`` clients; memory is shared."""
         part = copy.copy(self)
         part.ids, part.counts, part.steps = self.ids[:active], self.counts[:active], self.steps[:active]
+        part.rounds, part._lengths = self.rounds[:active], self._lengths[:active]
+        part.lr = self.lr[:active] if isinstance(self.lr, Tensor) else self.lr
+        part.message = {n: t[:active] for n, t in self.message.items()} if self.mixed else self.message
         part.loss, part.buffers = self.loss[:active], self.buffers[:active]
         part.private = None if self.private is None else self.private[:active]
         part.state = {n: t[:active] for n, t in self.state.items()}
         return part
+
+    def pick(self, which: Tensor) -> Context:
+        """The work of some of the clients, ``which`` bool ``[C]``, as their own: nothing is shared, so write back what is to stay."""
+        at = which.nonzero().squeeze(1)
+        part = copy.copy(self)
+        part.ids, part.rounds, part._lengths = self.ids[at.cpu()], self.rounds[at.cpu()], self._lengths[at.cpu()]
+        part.counts, part.steps, part.loss, part.buffers = self.counts[at], self.steps[at], self.loss[at], self.buffers[at]
+        part.lr = self.lr[at] if isinstance(self.lr, Tensor) else self.lr
+        part.message = {n: t[at] for n, t in self.message.items()} if self.mixed else self.message
+        part.state = {n: t[at] for n, t in self.state.items()}
+        part.private = part.state.get("private")
+        part.totals = None
+        return part
+
+    def large_gradient(self, w: Tensor, batch: int | None = None) -> Tensor:
+        """Gradient at ``w`` ``[C, P]`` over ``batch`` samples of each client drawn without repetition, or over all it has."""
+        plan = Plan(batch or int(self.counts.max()), shuffle=batch is not None)
+        ((_, large),) = plan.batches(self.samples, self.ids, self.streams, self.rounds, torch.ones_like(self._lengths))
+        self._first_pass = True
+        return self.grad(w, large)
 
     def descend(self, direction: Direction) -> Tensor:
         """Take all local steps from ``start``; returns the end points ``[C, P]``."""
@@ -105,7 +136,7 @@ class Context:
         w = self.start.expand(clients, size).clone()
         slots, own = self.local.slots(w), {} if self.private is None else self.local.slots(self.private)
         view = self
-        for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.round):
+        for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.rounds, self._lengths):
             if active != len(view.ids):
                 view = self.first(active)
             view._first_pass = True
@@ -120,7 +151,10 @@ class Context:
         """One step of the local optimiser against ``d``, in place; ``slots`` may have further rows."""
         if not self.local.plain:
             d = self.local.direction(d, {n: s[: len(x)] for n, s in slots.items()}, x)
-        x.add_(d, alpha=-self.lr)
+        if isinstance(self.lr, Tensor):
+            x.addcmul_(d, self.lr[: len(x)], value=-1)
+        else:
+            x.add_(d, alpha=-self.lr)
 
     def displacement(self, direction: Direction) -> Tensor:
         """``w_K - start`` of every client, ``[C, P]``."""
@@ -132,23 +166,25 @@ class Context:
         """
         if self.totals is None or self.path.descend is None or not self.local.plain:
             return None
-        if self.clip is not None or self.private is not None:
+        if self.clip is not None or self.private is not None or isinstance(self.lr, Tensor) or self.mixed:
             return None
         if "delta" not in self.totals:
             self.totals["delta"] = torch.zeros_like(self.start)
         total = self.totals["delta"]
-        batches = self.plan.batches(self.samples, self.ids, self.streams, self.round)
-        self.loss = self.path.descend(total, self.start, batches, self.steps.cpu(), self.lr, weight)
+        batches = self.plan.batches(self.samples, self.ids, self.streams, self.rounds, self._lengths)
+        self.loss = self.path.descend(total, self.start, batches, self._lengths, self.lr, weight)
         return total
 
-    def upload(self, weight: Tensor, rows: Tensors | None = None, **sums: Tensor) -> Upload:
-        """Declare what the server may see: ``sums`` weighted by ``weight`` ``[C]``, and ``rows``."""
+    def upload(self, weight: Tensor, rows: Tensors | None = None, senders: Tensors | None = None, **sums: Tensor) -> Upload:
+        """Declare what the server may see: ``sums`` weighted by ``weight`` ``[C]``, and ``rows``; ``senders[name]`` bool ``[C]``
+        are those who send ``name``, if not all do.
+        """
         rows, clients, known = rows or {}, len(self.ids), self.totals or {}
         for name, values in sums.items():
             if values is not known.get(name):
                 sums[name] = values.reshape(clients, -1)  # one number a client is a vector of length one
-        if "buffers" in self.message and self.message["buffers"].dim() == 1:
+        if "buffers" in self.message and self.problem.shared_buffers.dim() == 1:
             sums["buffers"] = self.buffers
         elif "buffers" in self.message:
             rows |= {"buffers": self.buffers, "domain": self.domain}
-        return Upload(self.ids, weight, sums, rows, self.loss)
+        return Upload(self.ids, weight, sums, rows, senders or {}, self.loss)

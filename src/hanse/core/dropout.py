@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hanse.core.streams import key, philox
 
-_place: ContextVar[tuple[Tensor, int, int, int]] = ContextVar("place")
+_place: ContextVar[tuple[Tensor, Tensor, int, int]] = ContextVar("place")
 
 
 @contextmanager
-def dropout_at(client: Tensor, round: int, step: int, seed: int) -> Iterator[None]:
-    """Masks inside the block belong to ``client`` (an int64 scalar, under ``vmap`` one per client) at this round and step."""
+def dropout_at(client: Tensor, round: Tensor, step: int, seed: int) -> Iterator[None]:
+    """Masks inside the block belong to ``client`` at this ``round`` (int64 scalars, under ``vmap`` one per client) and step."""
     token = _place.set((client, round, step, seed))
     try:
         yield
@@ -41,7 +41,7 @@ class KeyedDropout(nn.Module):
         client, round, step, seed = _place.get()
         block = torch.arange(-(-torch.Size(shape).numel() // 4), device=x.device)
         site = torch.full_like(block, step * 0x10000 + self.site)
-        words = philox(client.to(x.device) + 0 * block, torch.full_like(block, round), block, site, key(seed, "dropout"))
+        words = philox(client.to(x.device) + 0 * block, round.to(x.device) + 0 * block, block, site, key(seed, "dropout"))
         u = torch.stack(words, -1).flatten()[: torch.Size(shape).numel()].view(shape)
         return x * (u >= self.p * 2**32) / (1 - self.p)
 

@@ -96,7 +96,7 @@ class Loop:
                 x, y = x[:n], y[:n]
             for norm in norms:
                 norm.train(len(x) > 1)  # one sample has no statistics of its own: it is normalised by the running ones
-            with torch.enable_grad(), dropout_at(batch.ids[i], batch.round, batch.step, batch.seed):
+            with torch.enable_grad(), dropout_at(batch.ids[i], batch.rounds[i], batch.step, batch.seed):
                 # Autocast keeps cast weights until it is left, so it is entered anew for every step.
                 with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
                     output = module(x)
@@ -118,8 +118,8 @@ class Vmap:
     def __init__(self, problem: Problem, bf16: bool = False) -> None:
         self.problem, self.bf16 = problem, bf16
         self._mine = threading.local()  # functional_call swaps a module's tensors in place, so threads cannot share one
-        self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0, None, None, None))
-        self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0, None, None, None))
+        self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0, 0, None, None))
+        self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0, 0, None, None))
 
     def _loss(
         self,
@@ -129,7 +129,7 @@ class Vmap:
         y: Tensor,
         weight: Tensor | None,
         client: Tensor,
-        round: int,
+        round: Tensor,
         step: int,
         seed: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -47,35 +47,58 @@ class Upload:
 
     ``sums`` are only ever used through ``sum_i weight_i v_i`` (so they may be added in a tree, in chunks, under secure aggregation
     or with noise); one without a client axis has been added to the running totals already. ``rows`` are seen one by one.
-    ``loss`` ``[C]`` is each client's mean training loss.
+    ``senders`` says of a name that only some clients send who they are, bool ``[C]``; the others' values are zeros and cost no
+    bytes. ``loss`` ``[C]`` is each client's mean training loss.
     """
 
     clients: Tensor
     weight: Tensor
     sums: Tensors
     rows: Tensors
+    senders: Tensors
     loss: Tensor
 
 
 @dataclass
 class Reply:
-    """What the server sees of some clients: ``sums[name] = sum_i weight_i v_i``, and ``rows[name]`` ``[C, ...]``.
+    """What the server sees of some clients.
 
-    ``loss`` ``[C]`` is each client's mean training loss; ``version`` is the round of the model they started from,
-    ``population`` the number N of registered clients.
+    ``sums[name] = sum_i weight_i v_i`` is for books that must balance, such as the mean of what all clients remember. The step
+    itself uses ``mean``, in which a schedule may count late or rare clients less or more: ``scale`` ``[C]`` (None: all alike)
+    multiplies their contributions, and ``total`` (None: the sum of the weights) is what the sum is divided by. ``rows[name]``
+    ``[C, ...]`` are seen one by one. ``versions`` int64 ``[C]`` is the round of the model each started from, and
+    ``starts[version]`` what was sent then. ``loss`` ``[C]`` is each client's mean training loss, ``population`` the number N of
+    registered clients.
     """
 
     clients: Tensor
+    versions: Tensor
     weight: Tensor
     sums: Tensors
     rows: Tensors
+    senders: Tensors
     loss: Tensor
     population: int
-    version: int = 0
+    starts: dict[int, Tensors]
+    scaled: Tensors | None = None
+    scale: Tensor | None = None
+    total: float | None = None
 
     def __len__(self) -> int:
         return len(self.clients)
 
+    @property
+    def shares(self) -> Tensor:
+        """With what each contribution counts in ``mean``: ``scale_i weight_i / total``, ``[C]``."""
+        weight = self.weight if self.scale is None else self.weight * self.scale
+        return weight / (self.weight.sum() if self.total is None else self.total)
+
     def mean(self, name: str) -> Tensor:
-        """``sum_i weight_i v_i / sum_i weight_i``."""
-        return self.sums[name] / self.weight.sum()
+        """``sum_i scale_i weight_i v_i / total``, over those who sent ``name``; zeros if nobody did."""
+        total = self.weight.sum() if self.total is None else torch.as_tensor(self.total, dtype=self.weight.dtype)
+        if name in self.senders:
+            sent = self.weight[self.senders[name]].sum()
+            if not bool(sent):
+                return torch.zeros_like(self.sums[name])
+            total = total * (sent / self.weight.sum())
+        return (self.sums if self.scaled is None else self.scaled)[name] / total

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         """What parts use of pydantic's model; its own typing would forbid positional values, as in ``dirichlet(0.3)``."""
 
         model_fields: ClassVar[dict[str, FieldInfo]]
+        model_fields_set: set[str]
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
         def __init_subclass__(cls, **kwargs: Any) -> None: ...

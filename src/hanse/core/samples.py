@@ -24,14 +24,14 @@ class Batch(NamedTuple):
     """One local step of ``C`` clients: ``x`` ``[C, B, ...]``, ``y`` ``[C, B, ...]``.
 
     ``weight`` ``[C, B]`` sums to one over each client's real samples and is 0 on padding; None when every place holds a sample.
-    ``ids`` ``[C]``, ``round``, ``step`` and the run's ``seed`` say whose and which step it is (dropout masks are drawn from them).
+    ``ids`` and ``rounds`` ``[C]``, ``step`` and the run's ``seed`` say whose step it is, and which (dropout masks follow them).
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None
     ids: Tensor
-    round: int
+    rounds: Tensor
     step: int
     seed: int
 
@@ -92,12 +92,15 @@ class Plan:
             return torch.full_like(counts, self.steps)
         return torch.from_numpy(-(-counts.numpy() // self.batch) * self.epochs)
 
-    def seen(self, counts: Tensor) -> Tensor:
-        """Samples that each client goes through, int64."""
-        return counts * self.epochs if self.steps is None else self.steps * counts.clamp(max=self.batch)
+    def seen(self, counts: Tensor, lengths: Tensor) -> Tensor:
+        """Samples that each client goes through in ``lengths`` local steps, int64; the last batch of a pass may be short."""
+        passes = (-(-counts // self.batch)).clamp(min=1)
+        return counts * (lengths // passes) + lengths % passes * counts.clamp(max=self.batch)
 
-    def batches(self, samples: Samples, ids: Tensor, streams: Streams, round: int) -> Iterator[tuple[int, Batch]]:
-        """Yield ``(active, batch)`` per local step; ``ids`` must be sorted by falling number of steps.
+    def batches(
+        self, samples: Samples, ids: Tensor, streams: Streams, rounds: Tensor, steps: Tensor
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yield ``(active, batch)`` per local step of clients ``ids``, sorted by falling numbers of ``steps``, in their ``rounds``.
 
         The first ``active`` clients still work; a client that has gone through its data starts over in a new order.
         Client ``i`` sees the same batches whoever else is in ``ids``.
@@ -105,7 +108,7 @@ class Plan:
         # Index arithmetic stays in NumPy: its calls cost less on a few numbers, and nothing waits for a device.
         first, counts = samples.offsets.numpy()[ids.numpy()], samples.counts(ids).numpy()
         passes = -(-counts // self.batch)
-        lengths = self.epochs * passes if self.steps is None else np.full_like(passes, self.steps)
+        lengths = steps.numpy()
         if not len(lengths):
             return
         floating = torch.empty(0, dtype=samples.x.dtype if samples.x.is_floating_point() else torch.float64).numpy().dtype
@@ -115,7 +118,7 @@ class Plan:
         for k in range(int(lengths[0])):
             active = len(lengths) if lengths[-1] > k else int((lengths > k).sum())
             if self.shuffle:
-                order = self._order(order, counts, passes, ids, streams, round, k)
+                order = self._order(order, counts, passes, ids, streams, rounds, k)
             weight = None
             if low == high:
                 begin = (k % per_pass) * self.batch
@@ -133,15 +136,17 @@ class Plan:
             if order is not None:
                 where = np.take_along_axis(order[:active], where, 1)
             x, y = samples.take(torch.from_numpy(where + first[:active, None]))
-            yield active, Batch(x, y, weight, ids[:active], round, k, streams.seed)
+            yield active, Batch(x, y, weight, ids[:active], rounds[:active], k, streams.seed)
 
-    def _order(self, order: Order | None, counts: Order, passes: Order, ids: Tensor, streams: Streams, round: int, k: int) -> Order:
+    def _order(
+        self, order: Order | None, counts: Order, passes: Order, ids: Tensor, streams: Streams, rounds: Tensor, k: int
+    ) -> Order:
         """``[C, max count]``: the order of each client's samples, drawn anew for the clients that begin a pass at step ``k``."""
         due = k % passes == 0
         if order is not None and not due.any():
             return order
         n = int(counts.max())
-        keys = streams.words("batches", ids, round, n, extra=torch.from_numpy(k // passes)).cpu().numpy()
+        keys = streams.words("batches", ids, rounds, n, extra=torch.from_numpy(k // passes)).cpu().numpy()
         keys[np.arange(n) >= counts[:, None]] = MASK + 1  # padding sorts last
         fresh = keys.argsort(axis=1, kind="stable")
         return fresh if order is None else np.where(due[:, None], fresh, order)

@@ -44,28 +44,31 @@ class Streams:
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.seed, self.device = seed, torch.device(device)
 
-    def words(self, purpose: str, clients: Tensor, round: int, n: int, extra: Tensor | int = 0) -> Tensor:
-        """Independent 32-bit words, int64 ``[len(clients), n]``; ``extra`` (a number or one per client) is a fourth counter."""
-        clients = clients.to(self.device)
-        if isinstance(extra, Tensor):
-            extra = extra.to(self.device)[:, None]
+    def words(self, purpose: str, clients: Tensor, round: Tensor | int, n: int, extra: Tensor | int = 0) -> Tensor:
+        """Independent 32-bit words, int64 ``[len(clients), n]``.
+
+        ``round`` and ``extra``, a fourth counter, are a number for all or one per client.
+        """
+        c0 = clients.to(self.device)[:, None]
+        c1, c3 = (torch.as_tensor(v, device=self.device).view(-1, 1) for v in (round, extra))
         block = torch.arange(-(-n // 4), device=self.device)
-        c3 = torch.full((1, 1), extra, device=self.device) if isinstance(extra, int) else extra
-        out = philox(clients[:, None], torch.full((1, 1), round, device=self.device), block, c3, key(self.seed, purpose))
+        out = philox(c0, c1, block, c3, key(self.seed, purpose))
         return torch.stack([word.expand(len(clients), len(block)) for word in out], -1).flatten(1)[:, :n]
 
-    def uniform(self, purpose: str, clients: Tensor, round: int = 0, n: int = 1, extra: Tensor | int = 0) -> Tensor:
+    def uniform(self, purpose: str, clients: Tensor, round: Tensor | int = 0, n: int = 1, extra: Tensor | int = 0) -> Tensor:
         """float64 in the open interval (0, 1), ``[len(clients), n]``."""
         return (self.words(purpose, clients, round, n, extra).double() + 0.5) / 2**32
 
-    def normal(self, purpose: str, clients: Tensor, round: int = 0, n: int = 1) -> Tensor:
+    def normal(self, purpose: str, clients: Tensor, round: Tensor | int = 0, n: int = 1) -> Tensor:
         """Standard normal float64 ``[len(clients), n]`` (Box-Muller)."""
         u = self.uniform(purpose, clients, round, 2 * n)
         return torch.sqrt(-2 * torch.log(u[:, :n])) * torch.cos(2 * math.pi * u[:, n:])
 
-    def sample(self, purpose: str, population: int, k: int, round: int) -> Tensor:
+    def sample(self, purpose: str, population: int, k: int, round: int, extra: int = 0) -> Tensor:
         """``k`` distinct numbers below ``population``, uniformly drawn, sorted; for small ``k`` in time and memory of order k."""
-        generator = np.random.Generator(np.random.Philox(key=self._seed64(purpose, 0, round)))  # seeding by key costs no hashing
+        generator = np.random.Generator(
+            np.random.Philox(key=self._seed64(purpose, extra, round))
+        )  # seeding by key costs no hashing
         drawn = generator.choice(population, k, replace=False, shuffle=False)
         drawn.sort()
         return torch.from_numpy(drawn).to(self.device)

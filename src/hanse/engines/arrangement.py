@@ -11,14 +11,15 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hanse.core.messages import Tensors
+from hanse.engines.base import Arrangement
 
 if TYPE_CHECKING:
+    from hanse.engines.execution import Orders
     from hanse.engines.local import LocalNetwork
 
 BATCH_BYTES = 4 << 20
@@ -27,15 +28,6 @@ BATCH_BYTES = 4 << 20
 
 LONG = 0.05
 """Seconds from which a trial counts as arithmetic rather than overhead."""
-
-
-class Arrangement(NamedTuple):
-    """A gradient path, clients per batch, batches at a time, threads inside one operation."""
-
-    path: str
-    chunk: int
-    workers: int
-    threads: int
 
 
 def available_cores() -> int:
@@ -72,14 +64,14 @@ def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
     return list(dict.fromkeys(Arrangement(**{**a._asdict(), **fixed}) for a in found if a.path == fixed.get("path", a.path)))
 
 
-def fastest(net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> Arrangement:
-    """The arrangement remembered for this work on this machine, or the fastest one, by timing each on some of ``clients``."""
-    memory, options = _Memory(net, len(clients)), candidates(net, clients)
+def fastest(net: LocalNetwork, orders: Orders) -> Arrangement:
+    """The arrangement remembered for this work on this machine, or the fastest one, by timing each on some of the clients."""
+    memory, options = _Memory(net, len(orders)), candidates(net, orders.clients)
     known = memory.read()
     if known in options:
         return known
     if len(options) > 1:
-        best = min(options, key=_Trial(net, clients, work, message))
+        best = min(options, key=_Trial(net, orders))
         memory.write(best)
         return best
     return options[0]
@@ -88,12 +80,12 @@ def fastest(net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> 
 class _Trial:
     """Seconds per client of an arrangement, on some of the clients; candidates that are hopeless are given up early."""
 
-    def __init__(self, net: LocalNetwork, clients: Tensor, work: str, message: Tensors) -> None:
-        self.net, self.clients, self.work, self.message = net, clients, work, message
+    def __init__(self, net: LocalNetwork, orders: Orders) -> None:
+        self.net, self.orders = net, orders
         self.best = float("inf")
 
     def __call__(self, option: Arrangement) -> float:
-        few, many = self.clients[: 2 * option.workers], self.clients[: max(option.chunk, 2) * option.workers]
+        few, many = (self.orders.take(slice(n * option.workers)) for n in (2, max(option.chunk, 2)))
         try:
             self._time(few, option)  # first calls allocate and compile
         except RuntimeError:  # a model that vmap cannot trace; if no path can, the round itself says why
@@ -106,9 +98,9 @@ class _Trial:
         self.best = min(self.best, each)
         return each
 
-    def _time(self, clients: Tensor, option: Arrangement) -> float:
+    def _time(self, orders: Orders, option: Arrangement) -> float:
         began = time.perf_counter()
-        self.net.execute(clients, self.work, self.message, option)
+        self.net.executor.run(orders, option, total=True)
         return time.perf_counter() - began
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from hanse.core.part import Part
 
@@ -12,3 +12,12 @@ class Engine(Part):
 
     kind: ClassVar[str] = "engine"
     abstract: ClassVar[bool] = True
+
+
+class Arrangement(NamedTuple):
+    """How clients are laid out on a machine: gradient path, clients per batch, batches at a time, threads inside one operation."""
+
+    path: str
+    chunk: int
+    workers: int
+    threads: int

@@ -1,20 +1,27 @@
-"""What a run will cost, before anything is trained: two probe clients do one round's work, and the rest is arithmetic."""
+"""What a run will cost, before anything is trained: two probe clients do a job, and the conversation is rehearsed without work."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hanse.core.messages import wire_size
-from hanse.engines.arrangement import Arrangement, candidates
+from hanse.core.errors import HanseError
+from hanse.core.messages import Reply, Tensors, Upload
+from hanse.engines.arrangement import candidates
+from hanse.engines.base import Arrangement
+from hanse.engines.execution import Batch, Lane, Orders
 from hanse.engines.local import LocalNetwork
+from hanse.fleet.clock import Jobs
+from hanse.methods.base import State
 from hanse.schedules.network import Schedule
 
-PROBED_ROUNDS = 20
-"""Rounds whose cohorts are looked up for virtual time."""
+REHEARSED_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -30,54 +37,110 @@ class Estimate:
 
 def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
     """Costs of the run that ``net`` is about to make; its state is left alone."""
-    cohort = min(net.clients, schedule.expected_cohort())
-    message = net.method.message(net.method.init(net.problem))
     probes = net.streams.sample("probe", net.clients, min(2, net.clients), 0)
-    how = probe_arrangement(net, net.streams.sample("cohort", net.clients, cohort, 0))
-    one, two = _seconds(net, probes[:1], message, how), _seconds(net, probes, message, how)
-    lanes = min(how.workers, max(1, cohort // how.chunk))
-    each = one if len(probes) < 2 or how.chunk == 1 else max(two - one, 0.05 * two)  # batched clients share the overhead of one
-    work = one + each * (cohort - 1) / lanes
-    sent = net.execute(probes, "train", message, how).bytes_up.double().mean()
-    down, rounds = wire_size(message), net.total_rounds
+    sent = _bytes(net, probes)
+    stage = Rehearsal(net, sent)
+    drive(schedule.run(stage, stage.method))
+    rounds = max(1, stage.round)
+    each = max(1, round(stage.updates / rounds))  # client updates in a round
+    total = net.total_rounds
+    if stage.now > 0 and math.isfinite(net.seconds):
+        total = min(total, math.ceil(net.seconds / (stage.now / rounds)))
+    how = probe_arrangement(net, probes[:1].expand(each) if each > len(probes) else probes)
+    one, two = _seconds(net, probes[:1], how), _seconds(net, probes, how)
+    lanes = min(how.workers, max(1, each // how.chunk))
+    more = one if len(probes) < 2 or how.chunk == 1 else max(two - one, 0.05 * two)  # batched clients share the overhead of one
     row, itemsize = net.problem.layout.size, net.problem.start.element_size()
-    side_by_side = min(cohort, how.chunk) * lanes
-    kept = sum(net.kept.widths.values()) * min(net.clients, rounds * cohort)
+    side_by_side = min(each, how.chunk) * lanes
+    kept = sum(net.kept.widths.values()) * min(net.clients, total * each)
+    scale = total / rounds
     return Estimate(
-        wall=rounds * work,
-        virtual=rounds * _virtual(net, cohort, down, float(sent)),
-        down=rounds * cohort * down,
-        up=int(rounds * cohort * sent),
+        wall=total * (one + more * (each - 1) / lanes),
+        virtual=stage.now * scale,
+        down=int(stage.clock.down * scale),
+        up=int(stage.clock.up * scale),
         memory=itemsize * (row * (3 * side_by_side + 4) + kept),
     )
 
 
-def probe_arrangement(net: LocalNetwork, cohort: torch.Tensor) -> Arrangement:
+class Still:
+    """A rule that sends what ``of`` sends and never moves."""
+
+    def __init__(self, net: LocalNetwork) -> None:
+        self.of, self.opens, self.start = net.method, net.method.opens, net.method.init(net.problem)
+
+    def init(self, problem: object) -> State:
+        return self.start
+
+    def message(self, state: State) -> Tensors:
+        return self.of.message(state)
+
+    def opened(self, state: State, reply: Reply) -> State:
+        return state
+
+    def step(self, state: State, reply: Reply, round: int) -> State:
+        return state
+
+
+class Rehearsal(LocalNetwork):
+    """The network of ``net`` in which nobody works: every reply has ``size`` bytes and nothing in it."""
+
+    def __init__(self, net: LocalNetwork, size: int) -> None:
+        super().__init__(
+            net.federation,
+            net.method,
+            net.engine,
+            net.codec,
+            seed=net.streams.seed,
+            rounds=min(REHEARSED_ROUNDS, net.total_rounds),
+            seconds=net.seconds,
+        )
+        self.kept.widths = {}
+        self.method: Any = Still(net)
+        self.size, self.total_weight = size, 1.0
+
+    def _execute(self, jobs: Jobs, total: bool) -> list[Lane]:
+        tickets, clients, versions = (torch.from_numpy(jobs[n].copy()) for n in ("ticket", "client", "version"))
+        ones, sizes = torch.ones(len(jobs)), torch.full((len(jobs),), self.size)
+        self.clock.weigh(tickets.numpy(), sizes)
+        upload = Upload(clients, ones, {}, {}, {}, ones)
+        return [Lane(batches=[Batch(tickets, versions, upload, sizes, {}, ones.bool())])]
+
+
+def drive(conversation: Coroutine[Any, Any, None]) -> None:
+    """Run a schedule's coroutine to its end; with this engine every answer is ready when it is awaited."""
+    try:
+        conversation.send(None)
+    except StopIteration:
+        return
+    raise HanseError("the schedule waits for something that this engine never sends")
+
+
+def probe_arrangement(net: LocalNetwork, cohort: Tensor) -> Arrangement:
     """A likely arrangement, before anything has been timed: batched where the model can be stacked, else one client a core."""
     options = candidates(net, cohort)
     stacked = [o for o in options if o.path == "stacked"]
     return stacked[0] if stacked else max(options, key=lambda o: (o.path == "loop", o.workers))
 
 
-def _seconds(net: LocalNetwork, clients: torch.Tensor, message: dict[str, torch.Tensor], how: Arrangement) -> float:
-    best = math.inf
+def _orders(net: LocalNetwork, clients: Tensor) -> Orders:
+    zeros, steps = torch.zeros_like(clients), net.plan.lengths(net.samples.counts(clients))
+    message = net.method.message(net.method.init(net.problem))
+    return Orders("train", [message], zeros, clients, zeros, zeros, steps, zeros)
+
+
+def _bytes(net: LocalNetwork, clients: Tensor) -> int:
+    """Mean bytes of a reply."""
+    lanes = net.executor.run(_orders(net, clients), probe_arrangement(net, clients), total=True)
+    return int(torch.cat([b.bytes_up for lane in lanes for b in lane.batches]).double().mean())
+
+
+def _seconds(net: LocalNetwork, clients: Tensor, how: Arrangement) -> float:
+    best, orders = math.inf, _orders(net, clients)
     for _ in range(3):
         began = time.perf_counter()
-        net.execute(clients, "train", message, how)
+        net.executor.run(orders, how, total=True)
         best = min(best, time.perf_counter() - began)
         if best > 1.0:
             break
     return best
-
-
-def _virtual(net: LocalNetwork, cohort: int, down: int, up: float) -> float:
-    """Mean seconds of a round: the slowest of each of the first cohorts."""
-    slowest = []
-    for t in range(min(PROBED_ROUNDS, net.total_rounds)):
-        ids = net.streams.sample("cohort", net.clients, cohort, t)
-        profile = net.federation.fleet.profile(net.federation.streams, ids)
-        if profile is None:
-            return 0.0
-        flops = net.work * net.plan.seen(net.samples.counts(ids))
-        slowest.append(float(profile.seconds(flops, down, torch.full((len(ids),), up)).max()))
-    return sum(slowest) / len(slowest)

@@ -6,13 +6,11 @@ import ctypes
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,15 +18,18 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from hanse.codecs.base import Codec
-from hanse.core.context import Context
 from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
-from hanse.core.gradients import GradientPath, paths
-from hanse.core.messages import Reply, Tensors, Upload, wire_size
+from hanse.core.gradients import paths
+from hanse.core.messages import Reply, Tensors, wire_size
 from hanse.core.state import ClientState
-from hanse.engines.arrangement import Arrangement, fastest
-from hanse.engines.base import Engine
+from hanse.engines.arrangement import fastest
+from hanse.engines.base import Arrangement, Engine
+from hanse.engines.execution import Executor, Lane, Orders, joined
+from hanse.engines.pending import Collected, Pending
 from hanse.federation import Federation
+from hanse.fleet.clock import NEVER, Clock, Events, Jobs
+from hanse.fleet.profiles import Work
 from hanse.methods.base import Method, State
 
 
@@ -57,38 +58,8 @@ class local(Engine):
         return None
 
 
-AS_IS = {"buffers", "domain"}
-"""What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""
-
-
-FORMAT = 1
+FORMAT = 2
 """Version of a checkpoint's layout; one that reads differently counts up."""
-
-
-class Traffic(NamedTuple):
-    """Cumulative costs of a run."""
-
-    seconds: float
-    down: int
-    up: int
-
-
-class Executed(NamedTuple):
-    """The reply of some clients, the bytes each sent, and the rows they want to keep."""
-
-    reply: Reply
-    bytes_up: Tensor
-    kept: list[tuple[Tensor, Tensors]]
-
-
-@dataclass
-class Lane:
-    """What one worker has done so far: running sums, and its batches' uploads, bytes and rows to keep."""
-
-    sums: Tensors = field(default_factory=dict)
-    uploads: list[Upload] = field(default_factory=list)
-    bytes_up: list[Tensor] = field(default_factory=list)
-    kept: list[tuple[Tensor, Tensors]] = field(default_factory=list)
 
 
 def alike(one: Tensors, other: Tensors) -> bool:
@@ -114,7 +85,8 @@ def keep_freed_memory() -> None:
 class LocalNetwork:
     """The network of one run: it executes work in batches and keeps virtual time, traffic and what clients remember.
 
-    ``on_commit(network)`` is called after every round; setting ``stopping`` ends the run after the current one.
+    ``on_commit(network)`` is called after every round; setting ``stopping`` ends the run after the current one. ``seconds``: end
+    it when virtual time is that far.
     """
 
     def __init__(
@@ -126,7 +98,8 @@ class LocalNetwork:
         *,
         seed: int,
         rounds: int,
-        on_commit: Callable[[LocalNetwork], None],
+        seconds: float = math.inf,
+        on_commit: Callable[[LocalNetwork], None] = lambda net: None,
     ) -> None:
         keep_freed_memory()
         self.federation, self.method, self.engine, self.codec = federation, method, engine, codec
@@ -139,32 +112,34 @@ class LocalNetwork:
                 "set it to 0, or train by a OneByOne rule"
             )
         self.plan = method.plan()
-        self.round, self.total_rounds, self.on_commit = 0, rounds, on_commit
-        self.traffic = Traffic(0.0, 0, 0)
-        self.taken = torch.zeros(self.clients, dtype=torch.int32)
-        self.cohort, self.loss = torch.zeros(0, dtype=torch.long), math.nan
+        self.round, self.total_rounds, self.seconds, self.on_commit = 0, rounds, seconds, on_commit
+        self.taken, self.keys = torch.zeros(self.clients, dtype=torch.int32), np.full(self.clients, -1, dtype=np.int32)
+        self.cohort, self.loss, self.staleness, self.updates = torch.zeros(0, dtype=torch.long), math.nan, 0.0, 0
         self.arrangement = engine.fixed()
-        self.paths: dict[str, GradientPath] = paths(self.problem, engine.precision == "bf16")
+        self.paths = paths(self.problem, engine.precision == "bf16")
         if engine.path is not None and engine.path not in self.paths:
             raise ConfigError(f"local.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
-        widths = dict.fromkeys(method.keeps, self.problem.shared)
-        initial = {}
-        if self.problem.layout.size > self.problem.shared:
-            widths["private"] = self.problem.layout.size - self.problem.shared
-            initial["private"] = self.problem.start[self.problem.shared :]
-        if self.problem.buffer_layout.size and not self.problem.shares_buffers:
-            widths["buffers"], initial["buffers"] = self.problem.buffer_layout.size, self.problem.start_buffers
-        self._files = tempfile.TemporaryDirectory(prefix="hanse-") if engine.kept == "disk" else None
-        where = Path(self._files.name) if self._files else None
-        self.kept = ClientState(self.clients, widths, self.problem.dtype, self.problem.device, initial, where)
-        self.work = (
-            self.problem.sample_flops(self.samples.x[:1])
-            if federation.fleet.profile(federation.streams, torch.zeros(1).long())
-            else 0.0
-        )
+        self.kept = self._client_state()
+        self.clock = Clock(federation.fleet, federation.population, self.streams)
+        self.executor = Executor(self.problem, self.samples, method, codec, self.streams, self.kept, self.paths, engine.shortcuts)
+        self.pending = Pending()
+        timed = federation.fleet.profile(federation.population, torch.zeros(1).long()) is not None
+        self.work = self.problem.sample_flops(self.samples.x[:1]) * method.gradients if timed else 0.0
         self.state: State = {}
+        self.notes: Tensors = {}
         self.stopping = False
-        self._pool: ThreadPoolExecutor | None = None
+        self._draws = 0
+
+    def _client_state(self) -> ClientState:
+        problem, widths, initial = self.problem, dict.fromkeys(self.method.keeps, self.problem.shared), {}
+        if problem.layout.size > problem.shared:
+            widths["private"] = problem.layout.size - problem.shared
+            initial["private"] = problem.start[problem.shared :]
+        if problem.buffer_layout.size and not problem.shares_buffers:
+            widths["buffers"], initial["buffers"] = problem.buffer_layout.size, problem.start_buffers
+        self._files = tempfile.TemporaryDirectory(prefix="hanse-") if self.engine.kept == "disk" else None
+        where = Path(self._files.name) if self._files else None
+        return ClientState(self.clients, widths, problem.dtype, problem.device, initial, where)
 
     @property
     def personal(self) -> bool:
@@ -174,157 +149,222 @@ class LocalNetwork:
 
     # ---- what a schedule sees
 
-    def begin(self, state: State) -> State:
-        if not self.state:
-            self.state = state
-        elif not alike(state, self.state):
-            raise CheckpointError("the checkpoint does not belong to this run: another rule, or another type of weights")
-        return self.state  # a resumed run brought its own
+    @property
+    def now(self) -> float:
+        return self.clock.now
 
-    def rounds(self) -> Iterator[int]:
-        while self.round < self.total_rounds and not self.stopping:
-            self.cohort = self.cohort[:0]
-            yield self.round
+    @property
+    def out(self) -> Jobs:
+        return self.clock.live
+
+    @property
+    def arrived(self) -> Jobs:
+        return self.clock.arrived
+
+    def begin(self, state: State, notes: Tensors | None = None) -> tuple[State, Tensors]:
+        if not self.state:
+            self.state, self.notes = state, notes or {}
+        elif not alike(state, self.state) or (notes or {}).keys() != self.notes.keys():
+            raise CheckpointError("the checkpoint does not belong to this run: another rule, or another type of weights")
+        return self.state, self.notes  # a resumed run brought its own
+
+    def going(self) -> bool:
+        self.cohort, self.staleness = self.cohort[:0], 0.0
+        return not self.finished and not self.stopping
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its rounds, or all its virtual seconds."""
+        return self.round >= self.total_rounds or self.now >= self.seconds
 
     def sample(self, k: int) -> Tensor:
-        return self.streams.sample("cohort", self.clients, k, self.round)
+        busy = np.sort(self.out["client"])
+        free = self.clients - len(busy)
+        k, self._draws = min(k, free), self._draws + 1
+        drawn = self._there(self.streams.sample("cohort", free, k, self.round, self._draws - 1), busy)
+        size = k
+        while len(drawn) < k and size < free:  # some are away: ask more, in an order of their own
+            size = min(4 * size, free)
+            asked = self.streams.numpy("cohort.more", self._draws, self.round).choice(free, size, replace=False)
+            drawn = self._there(torch.from_numpy(asked), busy)[:k]
+        return drawn.sort().values
+
+    def _there(self, places: Tensor, busy: np.ndarray) -> Tensor:
+        """Those of the clients at ``places`` among the free ones who are there."""
+        ids = places + torch.from_numpy(np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right"))
+        return ids[self.there(ids)]
+
+    def there(self, clients: Tensor) -> Tensor:
+        return self.federation.fleet.trace.online(self.federation.population, clients, self.now, self.round)
+
+    @cached_property
+    def total_weight(self) -> float:
+        return float(self.method.weight(self.samples.counts().to(self.problem.dtype)).sum())
+
+    def send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None = None, patience: float = math.inf) -> None:
+        self._send(clients, work, message, steps, patience)
+
+    def _send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float) -> Jobs:
+        counts = self.samples.counts(clients)
+        lengths = self.plan.lengths(counts) if steps is None else steps
+        task = Work(lengths, self.work * self.plan.seen(counts, lengths), self._footprint)
+        who = clients.numpy()
+        keys = np.maximum(self.round, self.keys[who] + 1)  # the round, or later for a client that has had this version before
+        self.pending.remember(self.arrived["ticket"][np.isin(self.arrived["client"], who)], self.kept)
+        number = self.pending.post(work, message)
+        jobs = self.clock.send(clients, self.round, keys, number, wire_size(message), task, patience)
+        self.keys[who] = keys
+        return jobs
+
+    @property
+    def _footprint(self) -> float:
+        """Bytes a client needs to train: weights, gradient, and the optimiser's and the rule's vectors."""
+        vectors = 2 + len(self.kept.widths) + len(self.method.local.slots(self.problem.start[:1]))
+        return vectors * self.problem.layout.size * self.problem.start.element_size()
+
+    async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
+        if anyone:
+            until = min(until, self._somebody_back())
+        return self.clock.advance(replies, until, self._execute_all)
+
+    def _somebody_back(self) -> float:
+        """When the next client that is away comes back; of very many clients, some are asked."""
+        trace = self.federation.fleet.trace
+        if trace.counts_rounds:
+            return math.inf
+        ids = self.streams.sample("back", self.clients, min(self.clients, 10_000), self.round)
+        ids = ids[~torch.isin(ids, torch.from_numpy(self.out["client"]))]
+        ids = ids[~self.there(ids)]
+        return max(float(trace.back(self.federation.population, ids, self.now).min()), self.now + 1e-6) if len(ids) else math.inf
+
+    def call_off(self, jobs: Jobs) -> None:
+        self.clock.call_off(jobs["ticket"])
+        self.pending.forget(self.clock)
+
+    def rest(self, clients: Tensor, seconds: Tensor) -> None:
+        self.clock.rest(clients, seconds)
+
+    def collect(self, jobs: Jobs, scale: Tensor | None = None, total: float | None = None) -> Reply:
+        self.pending.remember(jobs["ticket"], self.kept)
+        found = self.pending.take(jobs["ticket"], scale)
+        return self._reply(self.clock.take(jobs["ticket"]), found, total)
 
     async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
-        self.cohort = clients
+        jobs = self._send(clients, work, message, None, math.inf)
+        coming = jobs[jobs["arrives"] < NEVER]
+        lanes = self._execute(coming, total=True) if len(coming) else []
+        while np.isin(jobs["ticket"], self.out["ticket"]).any():
+            await self.wait(replies=len(jobs))
+        for lane in lanes:
+            for batch in lane.batches:
+                self.kept.write(batch.upload.clients, batch.kept)
+        return self._reply(self.clock.take(jobs["ticket"]), Collected(lanes, [], None), None)
+
+    async def commit(self, state: State, notes: Tensors | None = None) -> None:
+        self.round, self.state, self.notes, self._draws = self.round + 1, state, notes or {}, 0
+        self.pending.forget(self.clock)
+        self.on_commit(self)
+
+    # ---- execution
+
+    def _execute_all(self) -> None:
+        """Everything that is out and will come back is executed together, whatever version it started from."""
+        out = self.clock.out
+        due = out[(out["known"] == 0) & (out["arrives"] < NEVER)]
+        works = np.array([self.pending.messages[i].work for i in due["message"].tolist()])
+        for work in dict.fromkeys(works.tolist()):
+            jobs = due[works == work]
+            self.pending.store(self._execute(jobs, total=False))
+
+    def _execute(self, jobs: Jobs, total: bool) -> list[Lane]:
+        numbers, which = np.unique(jobs["message"], return_inverse=True)
+        messages = [self.pending.messages[i] for i in numbers.tolist()]
+        tickets, clients, keys, versions, steps = (
+            torch.from_numpy(jobs[name].copy()) for name in ("ticket", "client", "key", "version", "steps")
+        )
+        tensors, place = [m.tensors for m in messages], torch.from_numpy(which)
+        orders = Orders(messages[0].work, tensors, tickets, clients, keys, versions, steps, place)
         if self.arrangement is None:
-            self.arrangement = fastest(self, clients, work, message)
+            self.arrangement = fastest(self, orders)
             self.engine = local(**{**dict(self.engine), **self.arrangement._asdict()})
-        reply, bytes_up, kept = self.execute(clients, work, message, self.arrangement)
-        self.loss = float(reply.loss.double() @ reply.weight.double() / reply.weight.sum())
-        if not math.isfinite(self.loss):
-            bad = int(reply.clients[~torch.isfinite(reply.loss)][0])
+        lanes = self.executor.run(orders, self.arrangement, total)
+        batches = [batch for lane in lanes for batch in lane.batches]
+        loss = torch.cat([b.upload.loss for b in batches])
+        if not bool(torch.isfinite(loss).all()):
+            who = torch.cat([b.upload.clients for b in batches])
+            bad = int(who[~torch.isfinite(loss.cpu())][0])
             raise DivergedError(
                 f"training loss of client {bad} in round {self.round + 1} is not finite; lower lr ({self.method.lr}) or set clip"
             )
-        for ids, rows in kept:  # only now: a round that fails leaves what clients remember as it was
-            self.kept.write(ids, rows)
-        self._account(reply.clients, wire_size(message), bytes_up)
+        self.clock.weigh(torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches]))
+        return lanes
+
+    def _reply(self, jobs: Jobs, found: Collected, total: float | None) -> Reply:
+        """What the server sees of collected jobs."""
+        batches = [batch for lane in found.lanes for batch in lane.batches]
+        uploads = [batch.upload for batch in batches]
+        names = uploads[0].rows if uploads else {}
+        flags = uploads[0].senders if uploads else {}
+
+        def side_by_side(parts: list[Tensor], empty: Tensor) -> Tensor:
+            return torch.cat(parts) if parts else empty
+
+        none, nothing = torch.zeros(0, dtype=torch.long), self.problem.start.new_zeros(0)
+        reply = Reply(
+            clients=side_by_side([u.clients for u in uploads], none),
+            versions=side_by_side([b.versions for b in batches], none),
+            weight=side_by_side([u.weight for u in uploads], nothing),
+            sums=joined([lane.sums for lane in found.lanes]),
+            rows={n: torch.cat([u.rows[n] for u in uploads]) for n in names},
+            senders={n: torch.cat([u.senders[n] for u in uploads]) for n in flags},
+            loss=side_by_side([u.loss for u in uploads], nothing),
+            population=self.clients,
+            starts={
+                v: self.pending.messages[m].tensors for v, m in zip(jobs["version"].tolist(), jobs["message"].tolist(), strict=True)
+            },
+            scaled=None if found.scale is None else joined(found.scaled),
+            scale=found.scale,
+            total=total,
+        )
+        if len(reply):
+            self.cohort = torch.cat([self.cohort, reply.clients])
+            self.loss = float(reply.loss.double() @ reply.weight.double() / reply.weight.sum())
+            self.staleness = float((self.round - reply.versions).double().mean())
+            self.updates += len(reply)
+            np.add.at(self.taken.numpy(), reply.clients.numpy(), 1)
         return reply
 
-    async def commit(self, state: State) -> None:
-        self.round, self.state = self.round + 1, state
-        self.on_commit(self)
+    # ---- saving
 
     def snapshot(self) -> Tensors:
         """Everything from which ``restore`` goes on identically, as named tensors."""
         return {
-            **{f"state.{n}": t for n, t in self.state.items()},
-            **{f"kept.{n}": t for n, t in self.kept.snapshot().items()},
+            **{f"{part}.{n}": t for part, tensors in self._parts().items() for n, t in tensors.items()},
             "format": torch.tensor([FORMAT]),
             "taken": self.taken.clone(),
-            "seconds": torch.tensor([self.traffic.seconds], dtype=torch.float64),
+            "keys": torch.from_numpy(self.keys.copy()),
             "loss": torch.tensor([self.loss], dtype=torch.float64),  # of the last round with anyone in it
-            "counters": torch.tensor([self.round, self.traffic.down, self.traffic.up]),
+            "counters": torch.tensor([self.round, self.updates]),
         }
+
+    def _parts(self) -> dict[str, Tensors]:
+        snapshots = {"kept": self.kept.snapshot(), "clock": self.clock.snapshot(), "pending": self.pending.snapshot()}
+        return {"state": self.state, "notes": self.notes, **snapshots}
 
     def restore(self, saved: Tensors) -> None:
         """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
         version = int(saved["format"][0]) if "format" in saved and saved["format"].numel() == 1 else None
         if version not in (None, FORMAT):
             raise CheckpointError(f"the checkpoint has format {version}; this version of hanse reads format {FORMAT}")
-        part = {p: {n[len(p) :]: t for n, t in saved.items() if n.startswith(p)} for p in ("state.", "kept.")}
-        own = {n: t for n, t in self.snapshot().items() if n in ("format", "taken", "seconds", "loss", "counters")}
-        x = part["state."].get("x")
+        part = {p: {n[len(p) + 1 :]: t for n, t in saved.items() if n.startswith(f"{p}.")} for p in self._parts()}
+        own = {n: t for n, t in self.snapshot().items() if n in ("format", "taken", "keys", "loss", "counters")}
+        x = part["state"].get("x")
         if x is None or x.shape != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
             raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
-        self.state = {n: t.to(self.problem.device) for n, t in part["state."].items()}
-        self.kept.restore(part["kept."])
-        self.taken = saved["taken"].clone()
-        self.round, down, up = map(int, saved["counters"])
-        self.traffic, self.loss = Traffic(float(saved["seconds"]), down, up), float(saved["loss"])
-
-    # ---- execution
-
-    def execute(self, clients: Tensor, work: str, message: Tensors, how: Arrangement) -> Executed:
-        """Run the clients' work as arranged. Nothing is remembered yet, so it may be repeated.
-
-        Each worker takes every n-th batch and keeps its own sums, so the order of all additions is fixed.
-        """
-        steps = self.plan.lengths(self.samples.counts(clients)).numpy()
-        if len(steps) and steps.min() < steps.max():
-            clients = clients[torch.from_numpy((-steps).argsort(kind="stable"))]  # those still at work are always the first ones
-        torch.set_num_threads(how.threads)
-        batches = [clients[i : i + how.chunk] for i in range(0, len(clients), how.chunk)]
-        workers = min(how.workers, len(batches))
-        if workers == 1:
-            lanes = [self._lane(batches, work, message, how)]
-        else:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
-            shares = [batches[i::workers] for i in range(workers)]
-            lanes = list(self._pool.map(lambda share: self._lane(share, work, message, how), shares))
-        sums, uploads = lanes[0].sums, [upload for lane in lanes for upload in lane.uploads]
-        for lane in lanes[1:]:
-            for name, total in lane.sums.items():
-                sums[name].add_(total)
-        reply = Reply(
-            clients=torch.cat([u.clients for u in uploads]),
-            weight=torch.cat([u.weight for u in uploads]),
-            sums=sums,
-            rows={name: torch.cat([u.rows[name] for u in uploads]) for name in uploads[0].rows},
-            loss=torch.cat([u.loss for u in uploads]),
-            population=self.clients,
-            version=self.round,
-        )
-        sizes = torch.cat([size for lane in lanes for size in lane.bytes_up])
-        return Executed(reply, sizes, [pair for lane in lanes for pair in lane.kept])
-
-    def _lane(self, batches: list[Tensor], work: str, message: Tensors, how: Arrangement) -> Lane:
-        """One worker's batches of clients: train, encode, and add up what only sums are needed of."""
-        lane, train = Lane(), getattr(self.method, work)
-        for ids in batches:
-            state = self.kept.read(ids) if self.kept.widths else {}
-            ctx = Context(
-                problem=self.problem,
-                path=self.paths[how.path],
-                samples=self.samples,
-                streams=self.streams,
-                round=self.round,
-                ids=ids,
-                message=message,
-                state=state,
-                plan=self.plan,
-                lr=self.method.lr.at(self.round),
-                local=self.method.local,
-                clip=self.method.clip,
-                totals=lane.sums if self.codec.plain and self.engine.shortcuts else None,
-            )
-            upload: Upload = train(ctx)
-            lane.bytes_up.append(self._encode(upload))
-            for name, values in upload.sums.items():
-                if values.dim() > 1:
-                    known = lane.sums.get(name)
-                    lane.sums[name] = upload.weight @ values if known is None else known.addmv_(values.t(), upload.weight)
-            upload.sums = {}  # rows of a finished batch need not stay in memory
-            lane.uploads.append(upload)
-            if state:
-                lane.kept.append((ids, state))
-        return lane
-
-    def _encode(self, upload: Upload) -> Tensor:
-        """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``."""
-        scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
-        scalars |= {n: t[0] for group in (upload.sums, upload.rows) for n, t in group.items() if n in AS_IS}
-        if self.codec.plain:
-            one = {n: t if t.dim() == 1 else t[0] for n, t in upload.sums.items()} | {n: t[0] for n, t in upload.rows.items()}
-            return torch.full((len(upload.clients),), wire_size({**one, **scalars}))
-        lengths: dict[str, Tensor] = {}
-        for group in (upload.sums, upload.rows):
-            for name in [n for n in group if n not in AS_IS]:
-                group[name], lengths[name] = self.codec.roundtrip(group[name])
-        kinds, of = np.unique(torch.stack([*lengths.values()], 1).numpy(), axis=0, return_inverse=True)
-        sizes = [wire_size(scalars, dict(zip(lengths, map(int, kind), strict=True))) for kind in kinds]
-        return torch.tensor(sizes)[torch.from_numpy(of).view(-1)]
-
-    def _account(self, clients: Tensor, down: int, up: Tensor) -> None:
-        seconds, profile = self.traffic.seconds, self.federation.fleet.profile(self.federation.streams, clients)
-        if profile is not None:
-            flops = self.work * self.plan.seen(self.samples.counts(clients))
-            seconds += float(profile.seconds(flops, down, up).max())
-        self.traffic = Traffic(seconds, self.traffic.down + down * len(clients), self.traffic.up + int(up.sum()))
-        self.taken.numpy()[clients.numpy()] += 1
+        self.state, self.notes = {n: t.to(self.problem.device) for n, t in part["state"].items()}, part["notes"]
+        self.kept.restore(part["kept"])
+        self.clock.restore(part["clock"])
+        self.pending.restore(part["pending"], self.problem.device)
+        self.taken, self.keys = saved["taken"].clone(), saved["keys"].numpy().copy()
+        self.round, self.updates = map(int, saved["counters"])
+        self.loss = float(saved["loss"])

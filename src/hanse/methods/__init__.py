@@ -1,6 +1,7 @@
 """Learning rules, one file each."""
 
 from hanse.methods.base import Method
+from hanse.methods.fedasync import FedAsync
 from hanse.methods.fedavg import FedAvg
 from hanse.methods.fedavg_m import FedAvg_M, FedAvg_M_VR
 from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -13,6 +14,7 @@ from hanse.methods.scaffold_m import Scaffold_M, Scaffold_M_VR
 __all__ = [
     "FedAdagrad",
     "FedAdam",
+    "FedAsync",
     "FedAvg",
     "FedAvgM",
     "FedAvg_M",

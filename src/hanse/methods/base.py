@@ -39,6 +39,12 @@ class Method(Part):
     batched: ClassVar[bool] = True
     """Whether ``train`` takes many clients side by side; else engines hand it one at a time."""
 
+    gradients: ClassVar[int] = 1
+    """Gradients in a local step, for virtual time."""
+
+    opens: ClassVar[bool] = False
+    """Whether every client has work called ``open`` before round 0, whose replies go to ``opened``."""
+
     lr: LearningRate = constant(value=0.1)
     """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
     local: Optimizer = sgd()
@@ -62,6 +68,18 @@ class Method(Part):
     def message(self, state: State) -> Tensors:
         """What the server sends to every client of a round."""
         return {"x": state["x"]}
+
+    def weight(self, counts: Tensor) -> Tensor:
+        """The averaging weight of clients with so many samples, ``[C]``."""
+        return counts
+
+    def open(self, ctx: Context) -> Upload:
+        """The clients' work before round 0, if the rule ``opens``."""
+        raise TypeError(f"{type(self).__name__} does not define open")
+
+    def opened(self, state: State, reply: Reply) -> State:
+        """The server's work on what ``open`` brought."""
+        raise TypeError(f"{type(self).__name__} does not define opened")
 
     def train(self, ctx: Context) -> Upload:
         """The clients' work."""

@@ -64,9 +64,12 @@ class FedAvg(Method):
         """One local step's direction, ``[C, P]``; the local optimiser moves against it."""
         return ctx.grad(w, batch)
 
+    def weight(self, counts: Tensor) -> Tensor:
+        return counts if self.weights == "samples" else torch.ones_like(counts)
+
     def weigh(self, ctx: Context) -> Tensor:
         """Averaging weights ``[C]``."""
-        return ctx.counts.to(ctx.loss.dtype) if self.weights == "samples" else ctx.loss.new_ones(len(ctx.ids))
+        return self.weight(ctx.counts.to(ctx.loss.dtype))
 
     def train(self, ctx: Context) -> Upload:
         weight = self.weigh(ctx)
@@ -74,8 +77,12 @@ class FedAvg(Method):
         return ctx.upload(weight, delta=ctx.displacement(self.direction) if total is None else total)
 
     def step(self, state: State, reply: Reply, round: int) -> State:
+        return self.move(state, reply, reply.mean("delta"))
+
+    def move(self, state: State, reply: Reply, delta: Tensor) -> State:
+        """Move the model along ``delta`` ``[P]`` (overwritten) by the server's optimiser, and average the clients' statistics."""
         x, slots = state["x"], {n: state[f"server.{n}"].clone() for n in self.server.slots(state["x"][:1])}
-        d = self.server.direction(reply.mean("delta").neg_(), slots, x)
+        d = self.server.direction(delta.neg_(), slots, x)
         shared = {"buffers": mean_buffers(state["buffers"], reply)} if "buffers" in state else {}
         return {**state, **shared, "x": x.sub(d, alpha=self.server_lr), **{f"server.{n}": t for n, t in slots.items()}}
 
@@ -83,7 +90,7 @@ class FedAvg(Method):
 def mean_buffers(before: Tensor, reply: Reply) -> Tensor:
     """The clients' statistics averaged with the reply's weights, ``[Q]``, or within each domain, ``[domains, Q]``."""
     if before.dim() == 1:
-        return reply.mean("buffers")
+        return reply.sums["buffers"] / reply.weight.sum()  # values rather than changes: a discount would shrink them
     domain, weight = reply.rows["domain"], reply.weight[:, None]
     total = torch.zeros_like(before).index_add_(0, domain, weight * reply.rows["buffers"])
     weights = before.new_zeros(len(before), 1).index_add_(0, domain, weight)

@@ -20,7 +20,7 @@ Kept: g at the server, nothing at the clients. The -VR rule computes two gradien
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -82,6 +82,8 @@ class FedAvg_M(FedAvg):
 
 class FedAvg_M_VR(FedAvg_M):
     """FedAvg-M with a variance-reduced direction."""
+
+    gradients: ClassVar[int] = 2
 
     def init(self, problem: Problem) -> State:
         state = super().init(problem)

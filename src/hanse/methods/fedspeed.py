@@ -22,7 +22,6 @@ of all h_i at the server in mode "all". Two gradients a step, one if rho or alph
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -42,6 +41,7 @@ class FedSpeed(FedAvg):
     """FedAvg with a corrected proximal term and sharpness-aware gradients."""
 
     keeps: ClassVar[tuple[str, ...]] = ("h",)
+    gradients: ClassVar[int] = 2
 
     weights: Literal["samples", "uniform"] = "uniform"
     """Averaging weights: all equal, or the clients' numbers of samples."""
@@ -78,7 +78,7 @@ class FedSpeed(FedAvg):
         return g + 1 / self.lam * (w - ctx.start + ctx.state["h"])
 
     def train(self, ctx: Context) -> Upload:
-        self.check(ctx.lr)
+        self.check(float(torch.as_tensor(ctx.lr).max()))
         delta = ctx.displacement(self.direction)
         if self.correction:
             ctx.state["h"] = ctx.state["h"] + delta
@@ -88,5 +88,5 @@ class FedSpeed(FedAvg):
         if "h" not in state:
             return super().step(state, reply, round)
         h = state["h"] + reply.sums["delta"]
-        shifted = reply.sums["delta"] + h * (len(reply) / reply.population)
-        return {**super().step(state, replace(reply, sums={**reply.sums, "delta": shifted}), round), "h": h}
+        mean = h * (len(reply) / reply.population) / reply.weight.sum()
+        return {**self.move(state, reply, reply.mean("delta") + mean), "h": h}

@@ -35,16 +35,17 @@ class OneByOne(FedAvg):
     def train(self, ctx: Context) -> Upload:
         problem, model = ctx.problem, copy.deepcopy(ctx.problem.model)
         places = dict(model.named_parameters()) | dict(model.named_buffers())
-        ends = ctx.start.new_empty(len(ctx.ids), problem.layout.size)
-        for i, client in enumerate(ctx.ids.tolist()):
-            start = ctx.start if ctx.private is None else torch.cat([ctx.start, ctx.private[i]])
+        starts = ctx.start.expand(len(ctx.ids), -1)
+        ends = starts.new_empty(len(ctx.ids), problem.layout.size)
+        for i, (client, round) in enumerate(zip(ctx.ids.tolist(), ctx.rounds.tolist(), strict=True)):
+            start = starts[i] if ctx.private is None else torch.cat([starts[i], ctx.private[i]])
             with torch.no_grad():
                 for name, value in problem.named(start, ctx.buffers[i]).items():
                     places[name].copy_(value)
-            generator = ctx.streams.torch("train_one", client, ctx.round)
+            generator = ctx.streams.torch("train_one", client, round)
             with torch.random.fork_rng(devices=[]):  # for code that draws from the global generator all the same
                 torch.manual_seed(generator.initial_seed())
-                ctx.loss[i] = self.train_one(model.train(), ctx.samples.of(client), ctx.message, ctx.lr, generator)
+                ctx.loss[i] = self.train_one(model.train(), ctx.samples.of(client), ctx.message, float(ctx.lr), generator)
             ends[i] = problem.layout.flatten(places)
             ctx.buffers[i] = problem.buffer_layout.flatten(places)
         if ctx.private is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.table import Table
@@ -20,6 +20,7 @@ from hanse.engines.local import LocalNetwork, local
 from hanse.experiment import run
 from hanse.federation import Federation
 from hanse.methods.base import Method
+from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
 from hanse.track.run import Record
 
@@ -99,11 +100,24 @@ def save(findings: Findings, folder: Path) -> None:
         raise CheckpointError(f"out: {folder} cannot be written: {error.strerror}") from None
 
 
-class _Scores:
-    """A writer that scores the global model after every round."""
+class Scored(NamedTuple):
+    """One run as it went, float64 each: virtual seconds and client updates so far, and the score then; ends where it diverged."""
 
-    def __init__(self, score: Callable[[LocalNetwork], float]) -> None:
-        self.score, self.found = score, list[float]()
+    seconds: Tensor
+    updates: Tensor
+    score: Tensor
+
+    def at(self, seconds: Tensor) -> Tensor:
+        """The score that held at each of ``seconds``; NaN before the first."""
+        place = torch.searchsorted(self.seconds, seconds, right=True) - 1
+        return torch.where(place >= 0, self.score[place.clamp(min=0)], torch.nan)
+
+
+class _Watcher:
+    """A writer that scores the global model after every so many rounds."""
+
+    def __init__(self, score: Callable[[LocalNetwork], float], every: int) -> None:
+        self.score, self.every, self.found = score, every, list[tuple[float, float, float]]()
         self.net: LocalNetwork | None = None
 
     def start(self, net: LocalNetwork) -> None:
@@ -111,7 +125,8 @@ class _Scores:
 
     def write(self, record: Record) -> None:
         assert self.net is not None
-        self.found.append(self.score(self.net))
+        if record["round"] % self.every == 0:
+            self.found.append((record["seconds"], float(record["updates"]), self.score(self.net)))
 
     def close(self) -> None:
         pass
@@ -133,27 +148,42 @@ def digit_federations(clients: int, partition: Partition) -> list[Federation]:
     return [Federation(digits(), clients=clients, partition=partition, seed=seed) for seed in SEEDS]
 
 
+def follow(
+    federation: Federation,
+    rule: Method,
+    schedule: Schedule,
+    score: Callable[[LocalNetwork], float],
+    rounds: int,
+    seconds: float | None = None,
+    every: int = 1,
+    chunk: int = 20,
+) -> Scored:
+    """``score`` after every ``every`` rounds of a run of ``rounds`` rounds or ``seconds`` virtual seconds."""
+    # A fixed arrangement, so that the numbers do not depend on what a machine finds fastest.
+    engine, watcher = local(path="stacked", chunk=chunk, workers=1, threads=1), _Watcher(score, every)
+    with contextlib.suppress(DivergedError):
+        run(
+            federation,
+            rule,
+            schedule,
+            rounds=rounds,
+            seconds=seconds,
+            evaluate=0,
+            engine=engine,
+            writers=[watcher],
+            on_start=watcher.start,
+        )
+    return Scored(*torch.tensor(watcher.found, dtype=torch.float64).reshape(-1, 3).unbind(1))
+
+
 def scores(
     federations: Sequence[Federation], rule: Method, cohort: int, rounds: int, score: Callable[[LocalNetwork], float]
 ) -> Tensor:
-    """``score`` after every round, float64 ``[federations, rounds]``; NaN from where a run diverged."""
+    """``score`` after every synchronous round, float64 ``[federations, rounds]``; NaN from where a run diverged."""
     found = torch.full((len(federations), rounds), torch.nan, dtype=torch.float64)
-    # A fixed arrangement, so that the numbers do not depend on what a machine finds fastest.
-    engine = local(path="stacked", chunk=cohort, workers=1, threads=1)
     for row, federation in zip(found, federations, strict=True):
-        watcher = _Scores(score)
-        with contextlib.suppress(DivergedError):
-            run(
-                federation,
-                rule,
-                synchronous(cohort=cohort),
-                rounds=rounds,
-                evaluate=0,
-                engine=engine,
-                writers=[watcher],
-                on_start=watcher.start,
-            )
-        row[: len(watcher.found)] = torch.tensor(watcher.found, dtype=torch.float64)
+        values = follow(federation, rule, synchronous(cohort=cohort), score, rounds, chunk=cohort).score
+        row[: len(values)] = values
     return found
 
 

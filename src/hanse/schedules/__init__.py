@@ -1,6 +1,10 @@
 """When who talks to whom: one coroutine a file."""
 
+from hanse.schedules.cyclic import cyclic
+from hanse.schedules.fedbuff import fedasync, fedbuff
+from hanse.schedules.fedfix import fedfix
 from hanse.schedules.network import Network, Schedule
+from hanse.schedules.staleness import Staleness
 from hanse.schedules.synchronous import synchronous
 
-__all__ = ["Network", "Schedule", "synchronous"]
+__all__ = ["Network", "Schedule", "Staleness", "cyclic", "fedasync", "fedbuff", "fedfix", "synchronous"]

@@ -2,43 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from hanse.core.messages import Reply, Tensors
 from hanse.core.part import Part
 from hanse.core.problem import Problem
 from hanse.core.streams import Streams
+from hanse.fleet.clock import Events, Jobs
 from hanse.methods.base import Method, State
 
 
 class Network(Protocol):
-    """The other side of a schedule: clients to ask, and a place to commit to."""
+    """The other side of a schedule: clients to ask, and a place to commit to.
+
+    Work under way belongs to the network, not to the schedule: a schedule remembers only its state and its notes, and both only
+    from one ``commit`` to the next. So a loop that commits once, at its end, goes on identically after a kill.
+    """
 
     problem: Problem
     streams: Streams
     clients: int
     """Number of registered clients."""
+    round: int
+    """Rounds committed so far, which is the version of the model."""
 
-    def begin(self, state: State) -> State:
-        """The state to start from: ``state`` in a new run, the committed one in a resumed run."""
+    @property
+    def now(self) -> float:
+        """Virtual seconds, or those since the start."""
         ...
 
-    def rounds(self) -> Iterator[int]:
-        """The rounds still to do."""
+    @property
+    def out(self) -> Jobs:
+        """Jobs under way."""
+        ...
+
+    @property
+    def arrived(self) -> Jobs:
+        """Replies that have arrived and were not collected, in order of arrival."""
+        ...
+
+    def begin(self, state: State, notes: Tensors | None = None) -> tuple[State, Tensors]:
+        """What to start from: ``state`` and ``notes`` in a new run, what was committed in a resumed one."""
+        ...
+
+    def going(self) -> bool:
+        """Whether there are rounds still to do."""
         ...
 
     def sample(self, k: int) -> Tensor:
-        """``k`` distinct clients for this round, drawn uniformly, sorted."""
+        """``k`` distinct clients drawn uniformly from those that are there and not at work, or all if they are fewer; sorted."""
+        ...
+
+    def there(self, clients: Tensor) -> Tensor:
+        """Who of ``clients`` can be reached now, bool ``[C]``."""
+        ...
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the rule's averaging weights over all registered clients."""
+        ...
+
+    def send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None = None, patience: float = math.inf) -> None:
+        """Have ``clients``, none of them at work, do the rule's ``work``, in ``steps`` ``[C]`` local steps if given.
+
+        After ``patience`` seconds a job without a reply is given up.
+        """
+        ...
+
+    async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
+        """Wait for ``replies`` more replies, or as many as can come, or until a job is given up, a rest is over, the time ``until``
+        has come or, with ``anyone``, a client that is away comes back. Returns at once if none of these can happen.
+        """
+        ...
+
+    def collect(self, jobs: Jobs, scale: Tensor | None = None, total: float | None = None) -> Reply:
+        """Take replies that have arrived, as one; ``scale`` ``[len(jobs)]`` and ``total`` as in ``Reply``."""
+        ...
+
+    def call_off(self, jobs: Jobs) -> None:
+        """Tell the clients of these jobs to stop; nothing comes of them, and those of them that have arrived are thrown away."""
+        ...
+
+    def rest(self, clients: Tensor, seconds: Tensor) -> None:
+        """Be woken for each of ``clients`` after so many seconds, ``[C]``."""
         ...
 
     async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
-        """Have the clients run the rule's method called ``work`` and wait for all of them."""
+        """Have ``clients`` do the rule's ``work`` and wait for all who will reply: ``send``, ``wait`` and ``collect`` in one, but
+        without a row a client at the server.
+        """
         ...
 
-    async def commit(self, state: State) -> None:
+    async def commit(self, state: State, notes: Tensors | None = None) -> None:
         """End the round: everything needed to go on from here is now safe to save."""
         ...
 
@@ -49,10 +108,24 @@ class Schedule(Part):
     kind: ClassVar[str] = "schedule"
     abstract: ClassVar[bool] = True
 
-    def expected_cohort(self) -> int:
-        """Clients at work at a time, for estimates made before a run."""
-        raise TypeError(f"{type(self).__name__} does not define expected_cohort")
-
     async def run(self, net: Network, method: Method) -> None:
         """The whole conversation."""
         raise TypeError(f"{type(self).__name__} does not define run")
+
+
+async def start(net: Network, method: Method, notes: Tensors | None = None) -> tuple[State, Tensors]:
+    """How every conversation begins: the state and notes to start from, and the clients' opening work if the rule has some."""
+    state, notes = net.begin(method.init(net.problem), notes)
+    if method.opens and net.round == 0:
+        everyone = torch.arange(net.clients)
+        state = method.opened(state, await net.ask(everyone[net.there(everyone)], "open", method.message(state)))
+    return state, notes
+
+
+async def occupy(net: Network, cohort: int, message: Tensors, patience: float) -> bool:
+    """Have up to ``cohort`` clients at work and wait until something happens; False if nothing can."""
+    free, before = net.sample(cohort - len(net.out)), net.now
+    if len(free):
+        net.send(free, "train", message, patience=patience)
+    events = await net.wait(anyone=len(net.out) < cohort)
+    return len(events.arrived) > 0 or net.now > before

@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from hanse.core.errors import ConfigError
+from hanse.core.messages import Reply, Tensors
 from hanse.methods.base import Method
-from hanse.schedules.network import Network, Schedule
+from hanse.schedules.network import Network, Schedule, start
 
 
 class synchronous(Schedule):
-    """Every round waits for its whole cohort."""
+    """Every round waits for its cohort: for all of it, or, with ``over`` or ``deadline``, for the first ones.
+
+    Bonawitz et al.: "Towards Federated Learning at Scale: System Design", MLSys 2019, arXiv 1902.01046, sections 2 and 9, for
+    over-selection, deadlines and the least number of clients without which a round is abandoned.
+    """
 
     cohort: PositiveInt = 10
     """Clients per round."""
     draw: Literal["fixed", "bernoulli"] = "fixed"
     """fixed: exactly ``cohort`` clients; bernoulli: each client on its own with probability cohort / clients."""
+    over: NonNegativeFloat = 0.0
+    """Ask this share of clients more than ``cohort``, go on with the first ``cohort`` replies, and call the others off."""
+    deadline: PositiveFloat | None = None
+    """Seconds after which a round goes on with the replies there are."""
+    least: Annotated[int, Field(ge=0)] = 0
+    """Fewest replies for which the model moves; with fewer, what came is thrown away."""
 
-    def expected_cohort(self) -> int:
-        return self.cohort
+    @model_validator(mode="after")
+    def _possible(self) -> synchronous:
+        if self.least > self.cohort:
+            raise ValueError(f"synchronous.least: {self.least} is not allowed: at most the cohort, {self.cohort}")
+        return self
 
     async def run(self, net: Network, method: Method) -> None:
         if self.cohort > net.clients:
             raise ConfigError(f"synchronous.cohort: {self.cohort} is not allowed: at most the number of clients, {net.clients}")
-        state = net.begin(method.init(net.problem))
-        for t in net.rounds():
-            cohort = self._drawn(net, t) if self.draw == "bernoulli" else net.sample(self.cohort)
-            if len(cohort):
-                reply = await net.ask(cohort, "train", method.message(state))
-                state = method.step(state, reply, t)
+        state, _ = await start(net, method)
+        while net.going():
+            cohort = self._drawn(net) if self.draw == "bernoulli" else net.sample(math.ceil(self.cohort * (1 + self.over)))
+            if not len(cohort):
+                await net.wait(anyone=True)
+                cohort = net.sample(self.cohort)
+            reply = await self._ask(net, cohort, method.message(state))
+            if len(reply):
+                state = method.step(state, reply, net.round)
             await net.commit(state)
 
-    def _drawn(self, net: Network, t: int) -> Tensor:
-        u = net.streams.uniform("draw", torch.zeros(1, dtype=torch.long), t, net.clients)[0]
-        return (u < self.cohort / net.clients).nonzero().squeeze(1)
+    async def _ask(self, net: Network, cohort: Tensor, message: Tensors) -> Reply:
+        if not self.over and self.deadline is None and not self.least:
+            return await net.ask(cohort, "train", message)
+        end, due = math.inf if self.deadline is None else net.now + self.deadline, False
+        net.send(cohort, "train", message)
+        while len(net.out) and len(net.arrived) < self.cohort and not due:
+            due = (await net.wait(self.cohort - len(net.arrived), end)).due
+        net.call_off(net.out)
+        taken = net.arrived[: self.cohort] if len(net.arrived) >= self.least else net.arrived[:0]
+        reply = net.collect(taken)
+        net.call_off(net.arrived)
+        return reply
+
+    def _drawn(self, net: Network) -> Tensor:
+        u = net.streams.uniform("draw", torch.zeros(1, dtype=torch.long), net.round, net.clients)[0]
+        drawn = (u < self.cohort / net.clients).nonzero().squeeze(1)
+        return drawn[net.there(drawn)]

@@ -21,6 +21,7 @@ from hanse.track.summary import (
     Against,
     and_text,
     compare,
+    cost_text,
     groups,
     headline,
     is_share,
@@ -44,7 +45,7 @@ NARROW, WIDE = 6.4, 12.0
 """Widths in inches: two narrow pictures go beside each other where one wide one goes."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette ("Color Universal Design", 2008), told apart with any colour vision, without its faint yellow."""
-AXIS_TEXT: dict[Against, str] = {"rounds": "rounds", "bytes": "bytes sent", "seconds": "virtual time"}
+AXIS_TEXT: dict[Against, str] = {"rounds": "rounds", "updates": "client updates", "bytes": "bytes sent", "seconds": "virtual time"}
 DASHES = ("-", "--", ":", "-.")
 INK, FAINT, EMPTY = "#222222", "#6b6b6b", "#f2f2f2"
 RASTER_CLIENTS = 200
@@ -53,10 +54,14 @@ NUMBERED_CLIENTS = 40
 """Most clients that are numbered on an axis."""
 RASTERS = 4
 """Most patterns of participation that are drawn one below the other."""
+ACROSS = 15
+"""How many typical jobs fit beside each other in ``timeline``."""
+AGGREGATIONS = 50
+"""Most aggregations that are marked in ``timeline``."""
 
 
 def curves(runs: Sequence[Run], metric: str, against: Against) -> Figure:
-    """``metric`` against rounds, bytes or virtual seconds: a line for the mean over seeds, a band from the lowest to the highest.
+    """``metric`` against rounds, client updates, bytes or virtual seconds: a line for the mean over seeds, a band for their range.
 
     ``metric`` is a name from ``Record.metrics`` or ``loss``, the training loss; raises ``ConfigError`` for any other. Seeds that
     were evaluated at different costs are joined by linear interpolation, where all of them have values.
@@ -95,7 +100,8 @@ def curves(runs: Sequence[Run], metric: str, against: Against) -> Figure:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel({"rounds": "rounds", "bytes": f"bytes sent, up and down ({name})", "seconds": f"virtual time ({name})"}[against])
+    measured = {"bytes": f"bytes sent, up and down ({name})", "seconds": f"virtual time ({name})"}
+    ax.set_xlabel(measured.get(against, AXIS_TEXT[against]))
     ax.set_ylabel(metric_text(metric))
     ax.set_xlim(left=0)
     _mark_budget(ax, runs, metric, against, size)
@@ -311,6 +317,120 @@ def _how_often(members: dict[str, list[Run]]) -> Figure:
     return figure
 
 
+def timeline(run: Run) -> Figure:
+    """Who did what when: a row a client, from fast to slow, along virtual time; of many clients the 40 with most jobs.
+
+    Bars are jobs; the thin ones below them are replies that wait at the server until it aggregates them. A cross ends a job whose
+    reply never came: lost on its way, or the client went away or was told to stop. The picture ends where 15 typical jobs (by the
+    median) would fit one after another. What was still going on when the run ended is not on record.
+    """
+    away = run.clients["away"].numpy() if "away" in run.clients else np.zeros((0, 3))
+    jobs = _jobs(run, away)
+    begin, whole = jobs.sent.min(initial=np.inf), jobs.last.max(initial=-np.inf)
+    if not begin < whole:
+        raise DataError("nothing to draw: this run does not say who worked when")
+    # A reply may wait at the server while its client is at work again: a job has its row until the next one begins.
+    usual = float(np.median(np.minimum(jobs.last, jobs.following) - jobs.sent))
+    end = min(whole, begin + ACROSS * usual) if usual else whole
+    size, name = unit("seconds", end)
+    aggregations = np.unique(jobs.used[jobs.used <= end])
+    jobs = jobs[jobs.sent < end]
+    there, ids = len(np.unique(jobs.client)), _rows(jobs)
+    jobs, away = jobs[np.isin(jobs.client, ids)], away[np.isin(away[:, 0], ids)]
+    order = np.argsort(ids)
+    rows, away_rows = (order[np.searchsorted(ids, clients, sorter=order)] for clients in (jobs.client, away[:, 0]))
+
+    figure, ax = _figure(WIDE, 1.7 + max(2.2, 0.17 * len(ids)))
+    ax.set(xlim=(begin / size, end / size), ylim=(len(ids) - 0.4, -0.6))
+    strips = partial(_strips, ax, size)
+    work, below = (-0.34, 0.22), (0.29, 0.41)
+    strips("receiving", rows, jobs.sent, jobs.received, work, color=COLOURS[5])
+    strips("computing", rows, jobs.received, jobs.computed, work, color=COLOURS[0])
+    strips("sending", rows, jobs.computed, jobs.arrived, work, color=COLOURS[4])
+    strips("reply waiting", rows, jobs.arrived, jobs.used, below, color="#8c8c8c")
+    strips("away", away_rows, away[:, 1], away[:, 2], (-0.45, 0.45), fc=EMPTY, ec="#c4c4c4", hatch="/////", zorder=0.5)
+    silent = np.isnan(jobs.arrived) & (jobs.last <= end)
+    dropped = np.isnan(jobs.used) & (jobs.arrived <= end)
+    mark = {"ls": "none", "ms": 7, "mew": 2, "zorder": 3, "clip_on": False}
+    if silent.any():
+        ax.plot(jobs.last[silent] / size, rows[silent], marker="x", color=COLOURS[1], label="no reply", **mark)
+    if dropped.any():
+        ax.plot(jobs.arrived[dropped] / size, rows[dropped], marker="o", mfc="white", mec=COLOURS[1], label="reply dropped", **mark)
+    if 0 < len(aggregations) <= AGGREGATIONS:
+        ax.vlines(aggregations / size, -0.6, len(ids) - 0.4, color=FAINT, lw=1, ls=":", label="aggregation", zorder=0.8)
+    ax.set_yticks(range(len(ids)), [str(i) for i in ids], fontsize=9.5 if len(ids) <= 20 else 8)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False)
+    ax.set_ylabel("client, from fast to slow")
+    ax.set_xlabel(f"virtual time ({name})")
+    total = len(run.clients["rounds"]) if "rounds" in run.clients else there
+    some = f"{len(ids)} of {total:,}" if there < total else f"{total:,}"
+    who = f"the {len(ids)} busiest of {total:,}" if len(ids) < there else some
+    schedule = textwrap.shorten(run.settings.get("schedule", ""), 40, placeholder=" …")
+    busy = np.nansum(np.clip(jobs.computed, begin, end) - np.clip(jobs.received, begin, end)) / (len(ids) * (end - begin))
+    facts = [f"computing {100 * busy:.0f} % of the time"]
+    counted = (silent.sum(), "job", "jobs", "without reply"), (dropped.sum(), "reply", "replies", "dropped")
+    facts += [f"{n} {one if n == 1 else many} {what}" for n, one, many, what in counted if n]
+    ran = ", ".join(part for part in (run.method, schedule, f"seed {run.seed}") if part)
+    when = f"{'first' if end < whole else 'all'} {cost_text('seconds', end - begin)}"
+    _title(figure, ax, "What clients did when", f"{ran}: {who} clients, {when}; {', '.join(facts)}")
+    _legend(figure, ax)
+    return figure
+
+
+def _jobs(run: Run, away: NDArray[np.float64]) -> np.recarray[Any, Any]:
+    """``Record.jobs`` in order of client, then ``sent``, by name, with NaN for None.
+
+    Computing that was broken off ends in ``computed`` too: when the client went away, else when the server had given up on it.
+    ``last`` is the last of a job's times, ``following`` when the client was sent its next one, inf for never.
+    """
+    rows = [[*job, record["seconds"]] for record in run.history for job in record["jobs"]]
+    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    client, _, sent, received, computed, arrived, used, listed = table[np.lexsort((table[:, 2], table[:, 0]))].T
+    following = np.where(np.diff(client, append=-1), np.inf, np.append(sent[1:], np.inf)[: len(sent)])
+    # NumPy orders complex numbers by real part, then by imaginary part: here by client, then by time.
+    departures = np.sort(away[:, 0] + 1j * away[:, 1])
+    leaves = np.append(departures, np.inf)[np.searchsorted(departures, client + 1j * received)]
+    left = np.where(leaves.real == client, leaves.imag, np.inf)
+    broken = np.isnan(computed) & ~np.isnan(received)
+    computed = np.where(broken, np.minimum.reduce([left, listed, following]), computed)
+    last = np.fmax.reduce([sent, received, computed, arrived, used])
+    times = {"sent": sent, "received": received, "computed": computed, "arrived": arrived, "used": used}
+    columns = {"client": client.astype(np.int64), **times, "last": last, "following": following}
+    return np.rec.fromarrays(list(columns.values()), dtype=np.dtype([(name, found.dtype) for name, found in columns.items()]))
+
+
+def _rows(jobs: np.recarray[Any, Any]) -> NDArray[np.int64]:
+    """Who is drawn: those with most jobs, by their mean time of computing."""
+    ids, index, counts = np.unique(jobs.client, return_inverse=True, return_counts=True)
+    spent = jobs.computed - jobs.received
+    known = np.bincount(index, ~np.isnan(spent))
+    mean = np.divide(np.bincount(index, np.nan_to_num(spent)), known, where=known > 0, out=np.full(len(ids), np.inf))
+    most = np.argsort(-counts, kind="stable")[:NUMBERED_CLIENTS]
+    return ids[most[np.lexsort((most, mean[most]))]]
+
+
+def _strips(
+    ax: Axes,
+    size: float,
+    label: str,
+    rows: NDArray[np.integer],
+    start: NDArray[np.float64],
+    stop: NDArray[np.float64],
+    edges: tuple[float, float],
+    **style: Any,
+) -> None:
+    """A bar from each ``start`` to ``stop`` (seconds, NaN for none) that lies in the axes, between the ``edges`` of its row."""
+    from matplotlib.collections import PolyCollection
+
+    left, right = np.clip(start / size, *ax.get_xlim()), np.clip(stop / size, *ax.get_xlim())
+    seen = left < right
+    if seen.any():
+        left, right, low, high = left[seen], right[seen], rows[seen] + edges[0], rows[seen] + edges[1]
+        corners = np.stack([left, low, right, low, right, high, left, high], axis=1).reshape(-1, 4, 2)
+        ax.add_collection(PolyCollection(list(corners), label=label, lw=0, **style), autolim=False)
+
+
 def per_client(runs: Sequence[Run]) -> Figure:
     """How clients fare on their own test data: all from worst to best, and their mean and worst 10 %, over all seeds."""
     from matplotlib.ticker import PercentFormatter
@@ -373,9 +493,16 @@ def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
     metric = headline(runs)
     others = ["loss", *(m for m in metrics(runs) if m.endswith(("test_loss", "_worst10")))]
     axes: tuple[Against, ...] = ("rounds", "bytes", "seconds")
+    if len({run.history[-1]["updates"] / run.history[-1]["round"] for run in runs if run.history}) > 1:
+        axes = ("rounds", "updates", "bytes", "seconds")  # otherwise those are rounds by another name
     draw: dict[str, Callable[[], Figure]] = {f"{metric}-{against}": partial(curves, runs, metric, against) for against in axes}
     draw |= {f"{other}-rounds": partial(curves, runs, other, "rounds") for other in others}
     draw |= {"clients": partial(per_client, runs), "split": partial(split, runs[0]), "participation": partial(participation, runs)}
+    firsts: dict[str, Run] = {}  # the first run of every schedule
+    for run in runs:
+        firsts.setdefault(run.settings.get("schedule", ""), run)
+    for name, run in zip(("timeline", "timeline_2", "timeline_3"), firsts.values(), strict=False):
+        draw[name] = partial(timeline, run)
     drawn = {}
     for name, picture in draw.items():
         with contextlib.suppress(DataError):  # what these runs do not hold is not drawn
@@ -436,7 +563,8 @@ def _legend(figure: Figure, ax: Axes) -> None:
     """Below the axes, in as many columns as fit, so that it never covers data."""
     handles, labels = ax.get_legend_handles_labels()
     fits = int(11 * figure.get_figwidth() // (6 + max(map(len, labels))))
-    columns = max(1, min(len(labels), fits))
+    rows = -(-len(labels) // max(1, fits))
+    columns = -(-len(labels) // rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=10, handlelength=1.8)
 
 

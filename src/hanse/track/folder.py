@@ -43,11 +43,10 @@ class Folder:
         """Replace the checkpoint: what a run goes on from, and the model by name."""
         self.save({**state, **{f"weights.{n}": t for n, t in weights.items()}})
 
-    def complete(self, rounds: int) -> bool:
-        """Whether the run has all its ``rounds``, and a checkpoint of the last one."""
+    def complete(self) -> bool:
+        """Whether the run has come to its end, and a checkpoint of its last round."""
         counters = (self.load() or {}).get("counters")
-        whole = counters is not None and int(counters[0]) == rounds == len(self.history())
-        return whole and (self.path / CLIENTS).is_file()
+        return counters is not None and int(counters[0]) == len(self.history()) and (self.path / CLIENTS).is_file()
 
     def clear(self) -> None:
         """Remove an earlier run's files."""

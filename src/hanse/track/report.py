@@ -16,7 +16,7 @@ from hanse.track.summary import doubts, finals, groups, headline, leaders, lower
 
 __all__ = ["summary_table", "write_report"]
 
-WIDE = ("clients", "split", "participation")
+WIDE = ("clients", "split", "participation", "timeline")
 """Pictures that get a row of their own."""
 
 

@@ -14,7 +14,7 @@ from hanse.core.errors import DataError
 from hanse.track.folder import worst_share
 from hanse.track.run import Record, Run
 
-Against = Literal["rounds", "bytes", "seconds"]
+Against = Literal["rounds", "updates", "bytes", "seconds"]
 TARGET_SHARE = 0.9
 """The target that "to reach" columns use, as a share of the best final value."""
 
@@ -58,17 +58,17 @@ def lower_is_better(metric: str) -> bool:
 
 
 def series(run: Run, metric: str, against: Against) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """``x`` (rounds, bytes up and down, or virtual seconds) and ``y`` of the rounds in which ``metric`` is known and finite."""
+    """``x``, the cost by then, and ``y`` of the rounds in which ``metric`` is known and finite."""
     points = [(cost(record, against), value(record, metric)) for record in run.history]
     x, y = np.array([p for p in points if math.isfinite(p[1])], dtype=np.float64).reshape(-1, 2).T
     return x, y
 
 
 def cost(record: Record, against: Against) -> float:
-    """What had been spent when ``record`` was written."""
+    """What had been spent when ``record`` was written: rounds, client updates, bytes up and down, or virtual seconds."""
     if against == "bytes":
         return record["bytes_down"] + record["bytes_up"]
-    return record["round"] if against == "rounds" else record["seconds"]
+    return record["round"] if against == "rounds" else record[against]
 
 
 def value(record: Record, metric: str) -> float:
@@ -230,6 +230,7 @@ def unit(against: Against, largest: float) -> tuple[float, str]:
     """The size and name of the unit in which numbers up to ``largest`` read well."""
     sizes: dict[Against, list[tuple[float, str]]] = {
         "rounds": [(1, "rounds")],
+        "updates": [(1, "updates")],
         "bytes": [(1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")],
         "seconds": [(1, "s"), (60, "min"), (3600, "h"), (86400, "days")],
     }
@@ -242,7 +243,7 @@ def cost_text(against: Against, amount: float | None, largest: float | None = No
         return "-"
     size, name = unit(against, largest or amount)
     number = amount / size
-    if against == "rounds":
+    if against in ("rounds", "updates"):
         return f"{number:,.1f}".removesuffix(".0")
     return f"{number:,.0f} {name}" if number >= 100 or name == "B" else f"{number:.3g} {name}"
 

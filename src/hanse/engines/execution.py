@@ -1,0 +1,203 @@
+"""Clients' work, executed in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hanse.codecs.base import Codec
+from hanse.core.context import Context
+from hanse.core.gradients import GradientPath
+from hanse.core.messages import Tensors, Upload, wire_size
+from hanse.core.problem import Problem
+from hanse.core.samples import Samples
+from hanse.core.state import ClientState
+from hanse.core.streams import Streams
+from hanse.engines.base import Arrangement
+from hanse.methods.base import Method
+
+AS_IS = {"buffers", "domain"}
+"""What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What some clients are to do, each tensor int64 ``[C]``: all of the rule's ``work``, from ``messages[which]``.
+
+    ``tickets`` are the numbers of the jobs, ``rounds`` names each client's work (all its chance is drawn for it), ``versions`` is
+    the round of its message, ``steps`` its number of local steps.
+    """
+
+    work: str
+    messages: Sequence[Tensors]
+    tickets: Tensor
+    clients: Tensor
+    rounds: Tensor
+    versions: Tensor
+    steps: Tensor
+    which: Tensor
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def take(self, which: Tensor | slice) -> Orders:
+        """The orders of some of the clients."""
+        columns = (t[which] for t in (self.tickets, self.clients, self.rounds, self.versions, self.steps, self.which))
+        return Orders(self.work, self.messages, *columns)
+
+
+@dataclass
+class Batch:
+    """One batch of jobs that has been executed: what the clients send, its bytes, and what they want to keep."""
+
+    tickets: Tensor
+    versions: Tensor
+    upload: Upload
+    bytes_up: Tensor
+    kept: Tensors
+    written: Tensor
+    """Whether the clients have written down what they want to keep, bool ``[C]``."""
+
+
+@dataclass
+class Lane:
+    """What one worker has done: its batches, and running sums over them where only sums are wanted."""
+
+    sums: Tensors = field(default_factory=dict)
+    batches: list[Batch] = field(default_factory=list)
+
+
+class Executor:
+    """Runs the client side of ``method``; nothing is remembered, so any work may be repeated."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        samples: Samples,
+        method: Method,
+        codec: Codec,
+        streams: Streams,
+        kept: ClientState,
+        paths: dict[str, GradientPath],
+        shortcuts: bool,
+    ) -> None:
+        self.problem, self.samples, self.method, self.codec, self.streams = problem, samples, method, codec, streams
+        self.kept, self.paths, self.shortcuts = kept, paths, shortcuts
+        self.plan = method.plan()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
+        """Execute as arranged; ``total`` keeps only the sums over clients of what only sums are needed of.
+
+        Each worker takes every n-th batch and keeps its own sums, so the order of all additions is fixed.
+        """
+        steps = orders.steps.numpy()
+        if len(steps) and steps.min() < steps.max():  # those still at work must always be the first ones
+            orders = orders.take(torch.from_numpy((-steps).argsort(kind="stable")))
+        torch.set_num_threads(how.threads)
+        batches = [orders.take(slice(i, i + how.chunk)) for i in range(0, len(orders), how.chunk)]
+        workers = min(how.workers, len(batches))
+        if workers == 1:
+            return [self._lane(batches, how, total)]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
+        shares = [batches[i::workers] for i in range(workers)]
+        return list(self._pool.map(lambda share: self._lane(share, how, total), shares))
+
+    def _lane(self, batches: list[Orders], how: Arrangement, total: bool) -> Lane:
+        """One worker's batches of clients: train, encode, and add up what only sums are needed of."""
+        lane, train = Lane(), getattr(self.method, batches[0].work)
+        for orders in batches:
+            message, mixed = _message(orders)
+            ctx = Context(
+                problem=self.problem,
+                path=self.paths[how.path],
+                samples=self.samples,
+                streams=self.streams,
+                ids=orders.clients,
+                rounds=orders.rounds,
+                steps=orders.steps,
+                message=message,
+                mixed=mixed,
+                state=self.kept.read(orders.clients) if self.kept.widths else {},
+                plan=self.plan,
+                lr=self._rate(orders.versions),
+                local=self.method.local,
+                clip=self.method.clip,
+                totals=lane.sums if total and self.codec.plain and self.shortcuts else None,
+            )
+            upload: Upload = train(ctx)
+            sizes = encode(upload, self.codec)
+            if total:
+                for name, values in upload.sums.items():
+                    if values.dim() > 1:
+                        add(lane.sums, name, upload.weight, values)
+                upload.sums = {}  # rows of a finished batch need not stay in memory
+            lane.batches.append(
+                Batch(orders.tickets, orders.versions, upload, sizes, ctx.state, torch.zeros(len(orders), dtype=torch.bool))
+            )
+        return lane
+
+    def _rate(self, versions: Tensor) -> float | Tensor:
+        """The learning rate of each version, a number if it is the same for all, else ``[C, 1]``."""
+        found = {v: self.method.lr.at(v) for v in set(versions.tolist())}
+        if len(set(found.values())) == 1:
+            return next(iter(found.values()))
+        rates = [found[v] for v in versions.tolist()]
+        return torch.tensor(rates, dtype=self.problem.dtype, device=self.problem.device)[:, None]
+
+
+def _message(orders: Orders) -> tuple[Tensors, bool]:
+    """What the clients received: one message for all, or a row a client where they differ."""
+    which = orders.which.tolist()
+    if len(set(which)) == 1:
+        return orders.messages[which[0]], False
+    each = [orders.messages[i] for i in which]
+    return {name: torch.stack([message[name] for message in each]) for name in each[0]}, True
+
+
+def add(sums: Tensors, name: str, weight: Tensor, values: Tensor) -> None:
+    """``sums[name] += sum_i weight_i values_i``."""
+    known = sums.get(name)
+    sums[name] = weight @ values if known is None else known.addmv_(values.t(), weight)
+
+
+def joined(sums: Sequence[Tensors]) -> Tensors:
+    """The sums of all workers added up, in the memory of the first."""
+    first = sums[0] if sums else {}
+    for other in sums[1:]:
+        for name, total in other.items():
+            first[name].add_(total)
+    return first
+
+
+def encode(upload: Upload, codec: Codec) -> Tensor:
+    """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``."""
+    scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
+    vectors = {n: t for group in (upload.sums, upload.rows) for n, t in group.items()}
+    scalars |= {n: vectors.pop(n)[0] for n in AS_IS & vectors.keys()}
+    sent = {n: upload.senders.get(n, torch.ones(len(upload.clients), dtype=torch.bool)).cpu() for n in vectors}
+    if codec.plain:
+        one = {n: t if t.dim() == 1 else t[0] for n, t in vectors.items()}
+        lengths = {n: there.long() - 1 for n, there in sent.items()}  # 0 where sent, else -1
+        return _sizes(lengths, lambda kind: wire_size({**{n: one[n] for n in kind}, **scalars}), len(upload.clients))
+    lengths = {}
+    for group in (upload.sums, upload.rows):
+        for name in [n for n in group if n not in AS_IS]:
+            group[name], size = codec.roundtrip(group[name])
+            lengths[name] = torch.where(sent[name], size, -1)
+    return _sizes(lengths, lambda kind: wire_size(scalars, kind), len(upload.clients))
+
+
+def _sizes(lengths: Tensors, size: Callable[[dict[str, int]], int], clients: int) -> Tensor:
+    """Bytes of every client's message from the lengths of its parts (-1: not sent), computed once a kind of message."""
+    if not lengths:
+        return torch.full((clients,), size({}))
+    kinds, of = np.unique(torch.stack([*lengths.values()], 1).numpy(), axis=0, return_inverse=True)
+    found = [size({n: int(v) for n, v in zip(lengths, kind, strict=True) if v >= 0}) for kind in kinds]
+    return torch.tensor(found)[torch.from_numpy(of).view(-1)]

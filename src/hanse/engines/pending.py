@@ -1,0 +1,163 @@
+"""What jobs under way refer to: the messages that clients work from, and results the server has not collected yet."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hanse.core.messages import Tensors, Upload
+from hanse.core.state import ClientState
+from hanse.engines.execution import Batch, Lane, add
+from hanse.fleet.clock import Clock
+
+Tickets = NDArray[np.int64]
+
+
+class Message(NamedTuple):
+    """What was sent: the rule's ``work``, and the tensors it is done from."""
+
+    work: str
+    tensors: Tensors
+
+
+class Result(NamedTuple):
+    """A batch that has been executed, and which worker did it."""
+
+    lane: int
+    batch: Batch
+
+    def rows(self, tickets: Tickets) -> Tickets:
+        """The places of those of ``tickets`` that are in the batch."""
+        return np.flatnonzero(np.isin(self.batch.tickets.numpy(), tickets))
+
+
+class Collected(NamedTuple):
+    """Results as workers left them, and of those their sums with every contribution scaled, and the scale of each client."""
+
+    lanes: list[Lane]
+    scaled: list[Tensors]
+    scale: Tensor | None
+
+
+class Pending:
+    """Messages and results, for as long as a job under way refers to them."""
+
+    def __init__(self) -> None:
+        self.messages: dict[int, Message] = {}
+        self.results: list[Result] = []
+        self._next = 0
+
+    def post(self, work: str, tensors: Tensors) -> int:
+        """The number of a message; the same again is the same message."""
+        last = self.messages.get(self._next - 1)
+        if last is not None and last.work == work and all(last.tensors.get(n) is t for n, t in tensors.items()):
+            return self._next - 1
+        self.messages[self._next] = Message(work, tensors)
+        self._next += 1
+        return self._next - 1
+
+    def store(self, lanes: list[Lane]) -> None:
+        """Keep what was executed."""
+        self.results += [Result(i, batch) for i, lane in enumerate(lanes) for batch in lane.batches]
+
+    def remember(self, tickets: Tickets, kept: ClientState) -> None:
+        """The clients write down what they want to keep of these jobs.
+
+        They do so when a reply is collected, or at their next job if that comes first: work that is lost or thrown away leaves a
+        client as it was.
+        """
+        for _, batch in self.results if kept.widths else ():
+            due = torch.from_numpy(np.isin(batch.tickets.numpy(), tickets)) & ~batch.written
+            if bool(due.any()):
+                kept.write(batch.upload.clients[due], {n: t[due] for n, t in batch.kept.items()})
+                batch.written |= due
+
+    def take(self, tickets: Tickets, scale: Tensor | None) -> Collected:
+        """Remove and add up the results of ``tickets``; ``scale`` ``[len(tickets)]`` in their order."""
+        found: dict[int, Lane] = {}
+        scaled: dict[int, Tensors] = {}
+        scales, order = [], np.argsort(tickets)
+        for result in self.results:
+            rows = result.rows(tickets)
+            if not len(rows):
+                continue
+            batch, lane = _rows(result.batch, rows), found.setdefault(result.lane, Lane())
+            lane.batches.append(batch)
+            for name, values in batch.upload.sums.items():
+                add(lane.sums, name, batch.upload.weight, values)
+            if scale is None:
+                continue
+            mine = order[np.searchsorted(tickets, batch.tickets.numpy(), sorter=order)]
+            scales.append(scale[mine].to(batch.upload.weight))
+            for name, values in batch.upload.sums.items():
+                add(scaled.setdefault(result.lane, {}), name, batch.upload.weight * scales[-1], values)
+        self._drop(tickets)
+        lanes = sorted(found)
+        return Collected([found[i] for i in lanes], [scaled[i] for i in lanes if scaled], torch.cat(scales) if scales else None)
+
+    def _drop(self, tickets: Tickets) -> None:
+        kept = []
+        for result in self.results:
+            rows = np.flatnonzero(~np.isin(result.batch.tickets.numpy(), tickets))
+            if len(rows):  # a copy of the rest, so that one slow client does not hold a whole batch in memory
+                kept.append(Result(result.lane, _rows(result.batch, rows)))
+        self.results = kept
+
+    def forget(self, clock: Clock) -> None:
+        """Drop messages and results that no job under way refers to any more."""
+        used = {*clock.out["message"].tolist(), *clock.arrived["message"].tolist(), self._next - 1}
+        self.messages = {i: m for i, m in self.messages.items() if i in used}
+        there = np.concatenate([clock.out["ticket"], clock.arrived["ticket"]])
+        known = np.concatenate([r.batch.tickets.numpy() for r in self.results]) if self.results else there
+        gone = known[~np.isin(known, there)]
+        if len(gone):
+            self._drop(gone)
+
+    def snapshot(self) -> Tensors:
+        """Named tensors from which ``restore`` brings everything back."""
+        saved = {f"message.{i}.{m.work}.{n}": t for i, m in self.messages.items() for n, t in m.tensors.items()}
+        for i, r in enumerate(self.results):
+            upload, at = r.batch.upload, f"result.{i}"
+            groups = {"sums": upload.sums, "rows": upload.rows, "senders": upload.senders, "kept": r.batch.kept}
+            saved |= {f"{at}.{group}.{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
+            own = {"clients": upload.clients, "weight": upload.weight, "loss": upload.loss}
+            own |= {"versions": r.batch.versions, "bytes": r.batch.bytes_up, "tickets": r.batch.tickets, "written": r.batch.written}
+            saved |= {f"{at}.own.{n}": t for n, t in own.items()} | {f"{at}.own.lane": torch.tensor([r.lane])}
+        return {**saved, "next": torch.tensor([self._next])}
+
+    def restore(self, saved: Tensors, device: torch.device) -> None:
+        """Bring a snapshot back."""
+        self.messages, self.results, self._next = {}, [], int(saved["next"])
+        results: dict[int, dict[str, Tensors]] = {}
+        for name, t in saved.items():
+            kind, _, rest = name.partition(".")
+            number, _, rest = rest.partition(".")
+            group, _, leaf = rest.partition(".")
+            if kind == "message":
+                message = self.messages.setdefault(int(number), Message(group, {}))
+                message.tensors[leaf] = t.to(device)
+            elif kind == "result":
+                results.setdefault(int(number), {}).setdefault(group, {})[leaf] = t
+        for _, groups in sorted(results.items()):
+            own = groups["own"]
+            names = "sums", "rows", "senders", "kept"
+            sums, rows, senders, kept = ({n: t.to(device) for n, t in groups.get(g, {}).items()} for g in names)
+            upload = Upload(own["clients"], own["weight"].to(device), sums, rows, senders, own["loss"].to(device))
+            batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"])
+            self.results.append(Result(int(own["lane"]), batch))
+
+
+def _rows(batch: Batch, rows: Tickets) -> Batch:
+    """Some jobs of a batch; all of them without a copy."""
+    if len(rows) == len(batch.tickets):
+        return batch
+    at, upload = torch.from_numpy(rows), batch.upload
+    sums, seen, senders, kept = (
+        {n: t[at] for n, t in group.items()} for group in (upload.sums, upload.rows, upload.senders, batch.kept)
+    )
+    part = Upload(upload.clients[at], upload.weight[at], sums, seen, senders, upload.loss[at])
+    return Batch(batch.tickets[at], batch.versions[at], part, batch.bytes_up[at], kept, batch.written[at])

@@ -1,0 +1,235 @@
+"""Virtual time: what is on its way, and what happens next.
+
+A deterministic event queue. Times are whole nanoseconds, so that they add without rounding and equal times are equal on every
+machine. What happens in the same instant is taken in this order: replies by client, then jobs given up, then rests that are over.
+
+Jobs are rows of one table and the next event is its minimum, so time and memory grow with the jobs that are out, never with the
+clients that are registered; and a checkpoint is the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hanse.core.errors import CheckpointError
+from hanse.core.messages import Tensors
+from hanse.core.streams import Streams
+from hanse.fleet.population import Population
+from hanse.fleet.profiles import Fleet, Profile, Work
+
+NEVER = 1 << 62
+"""A time that does not come."""
+SECOND = 1_000_000_000
+
+COLUMNS = (
+    "ticket",  # number of the job
+    "client",
+    "version",  # the round of the model that was sent
+    "key",  # what the client's chance is drawn for: no two jobs of a client share it
+    "steps",
+    "message",  # number of the message
+    "sent",  # times: the server sent it, the client had it, had computed, its reply arrives, the server gives it up
+    "received",
+    "computed",
+    "arrives",
+    "expires",
+    "up",  # bytes of the reply
+    "known",  # whether ``up``, and with it ``arrives``, is known yet; before, ``arrives`` is the earliest possible
+    "ignored",  # whether the server has given it up
+)
+Jobs = NDArray[Any]
+"""Rows of jobs, int64 fields named as in ``COLUMNS``."""
+JOB = np.dtype([(name, np.int64) for name in COLUMNS])
+
+
+class Events(NamedTuple):
+    """What one wait ended with."""
+
+    arrived: Jobs
+    """Replies, in order of arrival."""
+    lost: Jobs
+    """Jobs given up."""
+    rested: Tensor
+    """Clients whose rest is over, int64."""
+    due: bool
+    """Whether the time has come until which the wait was to last."""
+
+
+def nanoseconds(seconds: float | Tensor) -> NDArray[np.int64]:
+    """Seconds to the nearest nanosecond; inf to ``NEVER``."""
+    scaled = np.rint(np.asarray(seconds, dtype=np.float64) * SECOND)
+    return np.where(scaled < NEVER, scaled, NEVER).astype(np.int64)
+
+
+class Clock:
+    """The time, the jobs that are out, the replies that have arrived, and what has travelled.
+
+    ``time`` is in nanoseconds; ``down`` and ``up`` count bytes; ``lost`` jobs were given up, ``late`` replies came after that, and
+    ``duplicates`` came twice.
+    """
+
+    def __init__(self, fleet: Fleet, population: Population, streams: Streams) -> None:
+        self.fleet, self.population, self.streams = fleet, population, streams
+        self.time = self.down = self.up = self.late = self.lost = self.duplicates = self.tickets = 0
+        self.out, self.arrived = np.empty(0, JOB), np.empty(0, JOB)
+        self.rests = np.empty((0, 2), np.int64)
+        self.ended: list[tuple[Jobs, int, bool]] = []
+        """Jobs that came to an end, when, and whether the server used them; emptied by whoever reads it."""
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds."""
+        return float(self.time / SECOND)
+
+    @property
+    def live(self) -> Jobs:
+        """Jobs that are out and not given up."""
+        live: Jobs = self.out[self.out["ignored"] == 0]
+        return live
+
+    def send(
+        self, clients: Tensor, version: int, keys: NDArray[np.int64], message: int, size: int, work: Work, patience: float
+    ) -> Jobs:
+        """Send a message of ``size`` bytes to ``clients``; the jobs this starts, in the order of ``clients``.
+
+        A job that the server had given up ends here: its client turns to the new one.
+        """
+        who, profile = clients.numpy(), self.fleet.profile(self.population, clients)
+        self._abandon(who)
+        jobs = np.zeros(len(who), JOB)
+        jobs["ticket"] = self.tickets + np.arange(len(who))
+        jobs["client"], jobs["version"], jobs["key"], jobs["message"] = who, version, keys, message
+        jobs["steps"], jobs["sent"] = work.steps.numpy(), self.time
+        jobs["expires"] = min(self.time + int(nanoseconds(patience)), NEVER)
+        self.tickets += len(who)
+        self.down += size * len(who)
+        for name in ("received", "computed", "arrives"):
+            jobs[name] = self.time
+        if profile is not None:
+            self._place(jobs, clients, profile, size, work)
+        self.out = np.concatenate([self.out, jobs])
+        return jobs
+
+    def _place(self, jobs: Jobs, clients: Tensor, profile: Profile, size: int, work: Work) -> None:
+        received = nanoseconds(profile.latency + size / profile.down) + self.time
+        start = torch.from_numpy(received / SECOND)
+        at, broken = self.fleet.trace.finish(self.population, clients, start, profile.compute(work))
+        jobs["received"] = received
+        jobs["computed"] = np.where(broken.numpy(), NEVER, np.maximum(nanoseconds(at), received))
+        arrives = jobs["computed"] + nanoseconds(profile.latency)
+        gone = self._chance("link.loss", clients, jobs, profile.loss) | (jobs["computed"] >= NEVER)
+        jobs["arrives"] = np.where(gone, NEVER, arrives)
+
+    def _chance(self, purpose: str, clients: Tensor, jobs: Jobs, probability: Tensor) -> NDArray[np.bool_]:
+        if not bool((probability > 0).any()):
+            return np.zeros(len(jobs), dtype=bool)
+        drawn = self.streams.uniform(purpose, clients, torch.from_numpy(jobs["key"].copy()))[:, 0]
+        return (drawn < probability).numpy()
+
+    def weigh(self, tickets: NDArray[np.int64], sizes: Tensor) -> None:
+        """The replies of ``tickets``, which will arrive, have ``sizes`` bytes, int64; from now on it is known when."""
+        order = np.argsort(tickets)
+        rows = np.flatnonzero(np.isin(self.out["ticket"], tickets))
+        up = sizes[torch.from_numpy(order[np.searchsorted(tickets, self.out["ticket"][rows], sorter=order)])]
+        profile = self.fleet.profile(self.population, torch.from_numpy(self.out["client"][rows]))
+        self.out["up"][rows], self.out["known"][rows] = up, 1
+        if profile is not None:
+            self.out["arrives"][rows] += nanoseconds(up / profile.up)
+
+    def advance(self, replies: int, until: float, weigh: Callable[[], None]) -> Events:
+        """Go on to the first of: ``replies`` more replies (or as many as can still come), a job given up, a rest over, ``until``.
+
+        Where no further reply can come, the jobs that are out are given up. ``weigh`` is called when the order of events depends
+        on sizes not yet known, and before any reply arrives.
+        """
+        while True:
+            live = self.live
+            arrives = np.sort(live["arrives"])
+            coming = int((arrives < NEVER).sum())
+            last = int(arrives[min(replies, coming) - 1]) if coming else NEVER
+            alarm = min(int(live["expires"].min(initial=NEVER)), int(self.rests[:, 1].min(initial=NEVER)), int(nanoseconds(until)))
+            time = min(last, alarm)
+            if not bool(((self.out["known"] == 0) & (self.out["arrives"] <= min(time, NEVER - 1))).any()):
+                break
+            weigh()
+        hopeless = replies > coming and time == last and alarm >= NEVER
+        if time < NEVER:
+            self.time = max(self.time, time)
+        there = self.out["arrives"] <= self.time
+        arrived = self._receive(self.out[there])
+        self.out = self.out[~there]
+        waiting = self.out["ignored"] == 0
+        lost = self.out[waiting & ((self.out["expires"] <= self.time) | (hopeless & (self.out["arrives"] >= NEVER)))]
+        self.lost += len(lost)
+        self.ended.append((lost, self.time, False))
+        self.out["ignored"][np.isin(self.out["ticket"], lost["ticket"])] = 1
+        self.out = self.out[(self.out["ignored"] == 0) | (self.out["arrives"] < NEVER)]  # the others may still come, too late
+        over = self.rests[:, 1] <= self.time
+        rested = torch.from_numpy(np.sort(self.rests[over, 0]))
+        self.rests = self.rests[~over]
+        return Events(arrived, lost, rested, due=self.time >= int(nanoseconds(until)))
+
+    def _receive(self, jobs: Jobs) -> Jobs:
+        clients = torch.from_numpy(jobs["client"].copy())
+        profile = self.fleet.profile(self.population, clients)
+        twice = 0 if profile is None else self._chance("link.duplicates", clients, jobs, profile.duplicates)
+        self.up += int((jobs["up"] * (1 + twice)).sum())
+        self.duplicates += int(np.sum(twice))
+        self.late += int((jobs["ignored"] != 0).sum())
+        used: Jobs = jobs[jobs["ignored"] == 0]
+        used = used[np.lexsort((used["ticket"], used["client"], used["arrives"]))]
+        self.arrived = np.concatenate([self.arrived, used])
+        return used
+
+    def take(self, tickets: NDArray[np.int64], used: bool = True) -> Jobs:
+        """Remove replies from those that have arrived."""
+        taken = np.isin(self.arrived["ticket"], tickets)
+        jobs, self.arrived = self.arrived[taken], self.arrived[~taken]
+        self.ended.append((jobs, self.time, used))
+        return jobs
+
+    def call_off(self, tickets: NDArray[np.int64]) -> None:
+        """Tell the clients to stop: nothing comes of these jobs any more, nor of their replies that have arrived."""
+        off = np.isin(self.out["ticket"], tickets)
+        self.ended.append((self.out[off], self.time, False))
+        self.out = self.out[~off]
+        self.take(tickets, used=False)
+
+    def _abandon(self, clients: NDArray[np.int64]) -> None:
+        mine = np.isin(self.out["client"], clients)
+        busy = self.out["client"][mine & (self.out["ignored"] == 0)]
+        if len(busy):
+            raise ValueError(f"client {busy[0]} is at work")
+        self.out = self.out[~mine]
+        self.rests = self.rests[~np.isin(self.rests[:, 0], clients)]
+
+    def rest(self, clients: Tensor, seconds: Tensor) -> None:
+        """Have ``clients`` check in after so many seconds, float64 ``[C]``."""
+        new = np.stack([clients.numpy(), self.time + nanoseconds(seconds)], 1)
+        self.rests = np.concatenate([self.rests, new])
+
+    def snapshot(self) -> Tensors:
+        """Named tensors from which ``restore`` goes on."""
+        counters = [self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets]
+        tables = {"out": self.out, "arrived": self.arrived}
+        return {
+            "counters": torch.tensor(counters),
+            "rests": torch.from_numpy(self.rests.copy()),
+            **{name: torch.from_numpy(rows.copy().view(np.int64).reshape(-1, len(COLUMNS))) for name, rows in tables.items()},
+        }
+
+    def restore(self, saved: Tensors) -> None:
+        """Bring a snapshot back; raises ``CheckpointError`` if it is none."""
+        columns = {"counters": (), "rests": (2,), "out": (len(COLUMNS),), "arrived": (len(COLUMNS),)}
+        for name, shape in columns.items():
+            if name not in saved or saved[name].dtype != torch.int64 or saved[name].shape[1:] != shape:
+                raise CheckpointError(f"clock.{name}: the checkpoint's jobs cannot be read")
+        self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets = map(int, saved["counters"])
+        self.rests = saved["rests"].numpy().copy()
+        self.out, self.arrived = (saved[n].numpy().copy().view(JOB).reshape(-1) for n in ("out", "arrived"))
