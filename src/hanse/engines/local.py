@@ -67,6 +67,12 @@ def alike(one: Tensors, other: Tensors) -> bool:
     return {n: (t.shape, t.dtype) for n, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
 
 
+def continues(saved: Tensors, start: Tensors) -> bool:
+    """Whether ``saved`` can have come of ``start``: alike, but that tables without a row at first may have some by now."""
+    tables = {n: t[:0] if start[n].dim() and not len(start[n]) else t for n, t in saved.items() if n in start}
+    return saved.keys() == start.keys() and alike(tables, start)
+
+
 @cache
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next round.
@@ -125,18 +131,20 @@ class LocalNetwork:
         self.pending = Pending()
         timed = federation.fleet.profile(federation.population, torch.zeros(1).long()) is not None
         self.work = self.problem.sample_flops(self.samples.x[:1]) * method.gradients if timed else 0.0
+        self.footprint = self._footprint()
         self.state: State = {}
         self.notes: Tensors = {}
         self.stopping = False
         self._draws = 0
+        self._back = np.full(self.clients, -math.inf)
 
     def _client_state(self) -> ClientState:
-        problem, widths, initial = self.problem, dict.fromkeys(self.method.keeps, self.problem.shared), {}
+        problem, initial = self.problem, dict(self.method.kept(self.problem, self.federation.population))
         if problem.layout.size > problem.shared:
-            widths["private"] = problem.layout.size - problem.shared
             initial["private"] = problem.start[problem.shared :]
         if problem.buffer_layout.size and not problem.shares_buffers:
-            widths["buffers"], initial["buffers"] = problem.buffer_layout.size, problem.start_buffers
+            initial["buffers"] = problem.start_buffers
+        widths = {name: rows.shape[-1] for name, rows in initial.items()}
         self._files = tempfile.TemporaryDirectory(prefix="hanse-") if self.engine.kept == "disk" else None
         where = Path(self._files.name) if self._files else None
         return ClientState(self.clients, widths, problem.dtype, problem.device, initial, where)
@@ -164,7 +172,7 @@ class LocalNetwork:
     def begin(self, state: State, notes: Tensors | None = None) -> tuple[State, Tensors]:
         if not self.state:
             self.state, self.notes = state, notes or {}
-        elif not alike(state, self.state) or (notes or {}).keys() != self.notes.keys():
+        elif not continues(self.state, state) or (notes or {}).keys() != self.notes.keys():
             raise CheckpointError("the checkpoint does not belong to this run: another rule, or another type of weights")
         return self.state, self.notes  # a resumed run brought its own
 
@@ -207,7 +215,7 @@ class LocalNetwork:
     def _send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float) -> Jobs:
         counts = self.samples.counts(clients)
         lengths = self.plan.lengths(counts) if steps is None else steps
-        task = Work(lengths, self.work * self.plan.seen(counts, lengths), self._footprint)
+        task = Work(lengths, self.work * self.plan.seen(counts, lengths), self.footprint)
         who = clients.numpy()
         keys = np.maximum(self.round, self.keys[who] + 1)  # the round, or later for a client that has had this version before
         self.pending.remember(self.arrived["ticket"][np.isin(self.arrived["client"], who)], self.kept)
@@ -216,11 +224,10 @@ class LocalNetwork:
         self.keys[who] = keys
         return jobs
 
-    @property
     def _footprint(self) -> float:
-        """Bytes a client needs to train: weights, gradient, and the optimiser's and the rule's vectors."""
-        vectors = 2 + len(self.kept.widths) + len(self.method.local.slots(self.problem.start[:1]))
-        return vectors * self.problem.layout.size * self.problem.start.element_size()
+        """Bytes a client needs to train: weights, gradient, the optimiser's vectors, and what it keeps."""
+        vectors = 2 + len(self.method.local.slots(self.problem.start[:1]))
+        return (vectors * self.problem.layout.size + sum(self.kept.widths.values())) * self.problem.start.element_size()
 
     async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
         if anyone:
@@ -234,8 +241,10 @@ class LocalNetwork:
             return math.inf
         ids = self.streams.sample("back", self.clients, min(self.clients, 10_000), self.round)
         ids = ids[~torch.isin(ids, torch.from_numpy(self.out["client"]))]
-        ids = ids[~self.there(ids)]
-        return max(float(trace.back(self.federation.population, ids, self.now).min()), self.now + 1e-6) if len(ids) else math.inf
+        away = ids[~self.there(ids)]
+        asked = away[torch.from_numpy(self._back[away.numpy()] <= self.now)]  # of the others it is known since they were asked before
+        self._back[asked.numpy()] = trace.back(self.federation.population, asked, self.now).numpy()
+        return float(max(self._back[away.numpy()].min(initial=math.inf), self.now + 1e-6))
 
     def call_off(self, jobs: Jobs) -> None:
         self.clock.call_off(jobs["ticket"])
@@ -325,6 +334,8 @@ class LocalNetwork:
             scaled=None if found.scale is None else joined(found.scaled),
             scale=found.scale,
             total=total,
+            everyone=self.total_weight,
+            problem=self.problem,
         )
         if len(reply):
             self.cohort = torch.cat([self.cohort, reply.clients])

@@ -16,7 +16,7 @@ from hanse.core.part import Part
 from hanse.fleet.distributions import Positive
 from hanse.fleet.population import Population
 
-HORIZON = 1 << 16
+HORIZON = 1 << 14
 """A trace looks at least so many of its pieces ahead; what has not happened by then never does."""
 
 CELLS = 1 << 20

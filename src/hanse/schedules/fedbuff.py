@@ -46,18 +46,23 @@ class fedbuff(Schedule):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> fedbuff:
-        given = self.model_fields_set & {"staleness", "alpha", "oldest"}
+        fields = type(self).model_fields
+        given = [name for name in ("staleness", "alpha", "oldest") if getattr(self, name) != fields[name].default]
         if self.weights == "unbiased" and given:
-            raise ValueError(f"{type(self).__name__}.{min(given)} is not allowed with weights='unbiased': it would bias it again")
+            raise ValueError(f"{type(self).__name__}.{given[0]} is not allowed with weights='unbiased': it would bias it again")
         return self
 
     async def run(self, net: Network, method: Method) -> None:
         unbiased = self.weights == "unbiased"
         state, notes = await start(net, method, unknown_periods(net.clients) if unbiased else {})
+        cohort = self.cohort or net.clients
         while net.going():
-            while len(net.arrived) < self.buffer:
-                if not await occupy(net, self.cohort or net.clients, method.message(state), self.patience):
+            lost = 0  # given up one after the other
+            while len(net.arrived) < self.buffer and lost < cohort:
+                events = await occupy(net, cohort, method.message(state), self.patience)
+                if events is None:
                     break  # nobody is there, or nothing of what is out will come: the round ends with what there is
+                lost = 0 if len(events.arrived) else lost + len(events.lost)
             jobs = net.arrived[: self.buffer]
             versions = torch.from_numpy(jobs["version"])
             if unbiased:

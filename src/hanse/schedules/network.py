@@ -118,14 +118,15 @@ async def start(net: Network, method: Method, notes: Tensors | None = None) -> t
     state, notes = net.begin(method.init(net.problem), notes)
     if method.opens and net.round == 0:
         everyone = torch.arange(net.clients)
-        state = method.opened(state, await net.ask(everyone[net.there(everyone)], "open", method.message(state)))
+        reply = await net.ask(everyone[net.there(everyone)], "open", method.message(state))
+        state = method.opened(state, reply) if len(reply) else state
     return state, notes
 
 
-async def occupy(net: Network, cohort: int, message: Tensors, patience: float) -> bool:
-    """Have up to ``cohort`` clients at work and wait until something happens; False if nothing can."""
+async def occupy(net: Network, cohort: int, message: Tensors, patience: float) -> Events | None:
+    """Have up to ``cohort`` clients at work and wait until something happens; None if nothing can."""
     free, before = net.sample(cohort - len(net.out)), net.now
     if len(free):
         net.send(free, "train", message, patience=patience)
     events = await net.wait(anyone=len(net.out) < cohort)
-    return len(events.arrived) > 0 or net.now > before
+    return events if len(events.arrived) or net.now > before else None
