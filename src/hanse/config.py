@@ -59,8 +59,8 @@ class Settings(BaseModel):
     """Devices and links in virtual time, e.g. phones."""
     method: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)] = ("FedAvg",)
     """Learning rule, e.g. FedProx(mu=0.1); several are run one after another and compared."""
-    schedule: str = "synchronous"
-    """When who talks to whom, e.g. synchronous(cohort=10)."""
+    schedule: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)] = ("synchronous",)
+    """When who talks to whom, e.g. synchronous(cohort=10); with several, each rule is run under each."""
     cohort: PositiveInt | None = None
     """Clients per round; overrides the schedule's own."""
     codec: str = "identity"
@@ -77,6 +77,8 @@ class Settings(BaseModel):
     """Seed of data split, initial weights and fleet, if they are to stay the same for all seeds."""
     evaluate: NonNegativeInt = 1
     """Evaluate every so many rounds; 0: only after the last."""
+    evaluate_seconds: PositiveFloat | None = None
+    """Evaluate after every so many virtual seconds instead."""
     private: Names = ()
     """Parameters that stay on the client: name patterns (head.*) or module types (BatchNorm2d)."""
     frozen: Names = ()
@@ -143,16 +145,17 @@ class Settings(BaseModel):
             device=self.device,
         )
 
-    def parts(self) -> tuple[list[Method], Schedule, Codec, local]:
-        """The rules, the schedule, the codec and the engine; raises ``ConfigError`` on the first that is wrong."""
+    def parts(self) -> tuple[list[Method], list[Schedule], Codec, local]:
+        """The rules, the schedules, the codec and the engine; raises ``ConfigError`` on the first that is wrong."""
         from hanse.codecs import Codec
         from hanse.engines import local
         from hanse.methods import Method
         from hanse.schedules import Schedule
 
-        schedule = Schedule.parse(self.schedule)
+        schedules = [Schedule.parse(s) for s in self.schedule]
         if self.cohort is not None:
-            if "cohort" not in type(schedule).model_fields:
-                raise ConfigError(f"cohort: {self.cohort} is not allowed: {schedule} has no cohort")
-            schedule = type(schedule)(**{**dict(schedule), "cohort": self.cohort})
-        return [Method.parse(m) for m in self.method], schedule, Codec.parse(self.codec), local.parse(self.engine)
+            for schedule in schedules:
+                if "cohort" not in type(schedule).model_fields:
+                    raise ConfigError(f"cohort: {self.cohort} is not allowed: {schedule} has no cohort")
+            schedules = [type(s)(**{**dict(s), "cohort": self.cohort}) for s in schedules]
+        return [Method.parse(m) for m in self.method], schedules, Codec.parse(self.codec), local.parse(self.engine)

@@ -29,6 +29,8 @@ COHORT_LISTED = 256
 """Longest cohort written into the history client by client."""
 JOBS_LISTED = 5000
 """Jobs of a run that are written into its history one by one."""
+CLIENTS_LISTED = 200
+"""Clients of whom it is written down when they were away."""
 
 
 class Writer(Protocol):
@@ -53,13 +55,15 @@ def job_row(job: Jobs, at: int, used: bool) -> Job:
 class Recorder:
     """Turns committed rounds into history, evaluations and checkpoints."""
 
-    def __init__(self, result: Run, every: int, folder: Folder | None, writers: Sequence[Writer]) -> None:
-        self.result, self.every, self.folder, self.writers = result, every, folder, writers
+    def __init__(
+        self, result: Run, every: int, every_seconds: float | None, folder: Folder | None, writers: Sequence[Writer]
+    ) -> None:
+        self.result, self.every, self.every_seconds, self.folder, self.writers = result, every, every_seconds, folder, writers
         self.saved_at, self.saved_round = time.monotonic(), 0
         self.jobs = 0
 
     def __call__(self, net: LocalNetwork) -> None:
-        due = net.finished or (self.every > 0 and net.round % self.every == 0)
+        due = net.finished or self._due(net)
         record = Record(
             round=net.round,
             seconds=net.now,
@@ -83,6 +87,12 @@ class Recorder:
                 self.save(net)
         for writer in self.writers:
             writer.write(record)
+
+    def _due(self, net: LocalNetwork) -> bool:
+        if self.every_seconds is None:
+            return self.every > 0 and net.round % self.every == 0
+        before = self.result.history[-1]["seconds"] if self.result.history else 0.0
+        return net.now // self.every_seconds > before // self.every_seconds
 
     def _jobs(self, net: LocalNetwork) -> list[Job]:
         """The jobs that ended in this round, up to ``JOBS_LISTED`` in all."""
@@ -160,6 +170,7 @@ def run(
     engine: local | None = None,
     seed: int | None = None,
     evaluate: int = 1,
+    evaluate_seconds: float | None = None,
     out: Path | str | None = None,
     writers: Sequence[Writer] = (),
     resume: bool = False,
@@ -167,9 +178,10 @@ def run(
 ) -> Run:
     """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
 
-    ``evaluate``: every how many rounds (0: only after the last). ``seed`` (default the federation's) draws cohorts and batches.
-    ``out``: a run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``on_start`` gets the network before
-    the first round; setting its ``stopping`` ends the run after a round, in a state from which it can be resumed. Raises
+    ``evaluate``: every how many rounds (0: only after the last), or ``evaluate_seconds``: after how many virtual seconds. ``seed``
+    (default the federation's) draws cohorts and batches. ``out``: a run folder to write; with ``resume`` the run goes on from the
+    checkpoint in it. ``on_start`` gets the network before the first round; setting its ``stopping`` ends the run after a round, in
+    a state from which it can be resumed. Raises
     ``DivergedError`` when the training loss is not finite, after saving the last good round.
     """
     schedule, codec, engine = schedule or synchronous(), codec or identity(), engine or local()
@@ -182,6 +194,7 @@ def run(
         "engine": engine.full(),
         "rounds": str(rounds),
         **({} if seconds is None else {"seconds": str(seconds)}),
+        **({} if evaluate_seconds is None else {"evaluate_seconds": str(evaluate_seconds)}),
         "seed": str(seed),
         "evaluate": str(evaluate),
     }
@@ -189,7 +202,7 @@ def run(
         settings["split_seed"] = str(federation.seed)
     Settings.read(None, settings)  # the same checks as for a file or the command line
     result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)
-    recorder = Recorder(result, evaluate, folder, writers)
+    recorder = Recorder(result, evaluate, evaluate_seconds, folder, writers)
     if folder is not None and resume:
         result.notes = folder.read().notes
         if "arrangement" in result.notes:
@@ -223,6 +236,10 @@ def run(
     result.clients = {"samples": net.samples.counts(), "rounds": net.taken.long()}
     if federation.split.groups is not None:
         result.clients["classes"] = federation.split.groups
+    listed = {int(job[0]): None for record in result.history for job in record["jobs"] if job[0] is not None}
+    if listed and not federation.fleet.trace.counts_rounds:
+        asked = torch.tensor([*listed][:CLIENTS_LISTED])
+        result.clients["away"] = federation.fleet.trace.away(federation.population, asked, net.now)
     own = per_client(net)
     if own and net.problem.metrics:
         result.clients["accuracy"] = own[next(iter(net.problem.metrics))]
@@ -240,7 +257,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
     """
     path = Path(folder)
     settings = Settings.read(None, Folder(path).read().settings)
-    (method,), schedule, codec, engine = settings.parts()
+    (method,), (schedule,), codec, engine = settings.parts()
     return run(
         federation or settings.federation(settings.seed[0]),
         method,
@@ -251,6 +268,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
         engine=engine,
         seed=settings.seed[0],
         evaluate=settings.evaluate,
+        evaluate_seconds=settings.evaluate_seconds,
         out=path,
         writers=writers,
         resume=True,

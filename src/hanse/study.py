@@ -1,4 +1,4 @@
-"""A study: every rule with every seed of one set of settings, in one folder, with one report."""
+"""A study: every rule under every schedule with every seed, in one folder, with one report."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 
 from hanse.config import Settings
 from hanse.core.errors import CheckpointError
+from hanse.core.part import Part
 from hanse.engines.estimate import Estimate, estimate
 from hanse.engines.local import LocalNetwork
 from hanse.experiment import Writer, run
 from hanse.federation import Federation
 from hanse.methods.base import Method
+from hanse.schedules.network import Schedule
 from hanse.track.folder import SETTINGS, Folder
 from hanse.track.progress import Display
 from hanse.track.report import write_report
@@ -32,6 +34,25 @@ LEAST_FREE = 16 << 20
 """Bytes that must be free where the run folder is to be."""
 
 
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    method: Method
+    schedule: Schedule
+    seed: int
+    path: Path
+
+
+P = TypeVar("P", bound=Part)
+
+
+def numbered(parts: Sequence[P]) -> dict[str, P]:
+    """Parts by name in lower case, with a number where a name appears more than once."""
+    names = [type(part).__name__.lower() for part in parts]
+    labels = [n if names.count(n) == 1 else f"{n}-{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+    return dict(zip(labels, parts, strict=True))
+
+
 class Study:
     """``settings`` run in ``folder``: one subfolder a run, ``settings.toml``, ``report.html`` and pictures.
 
@@ -40,7 +61,7 @@ class Study:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.methods, self.schedule, self.codec, self.engine = settings.parts()
+        self.methods, self.schedules, self.codec, self.engine = settings.parts()
         self.console = Console(stderr=True)
         self.stopped, self.single, self.net = False, False, None
         self.federations: dict[int, Federation] = {}
@@ -66,16 +87,22 @@ class Study:
             self.federations[seed] = self.settings.federation(seed)
         return self.federations[seed]
 
-    def cells(self) -> Iterator[tuple[Method, int, Path]]:
-        """Every rule with every seed, and its folder; of a single run, the study's own."""
+    def cells(self) -> Iterator[Cell]:
+        """Every rule under every schedule with every seed, and its folder; of a single run, the study's own."""
         if self.single:
-            yield self.methods[0], self.settings.seed[0], self.folder
+            yield Cell(self.methods[0], self.schedules[0], self.settings.seed[0], self.folder)
             return
-        names = [type(m).__name__.lower() for m in self.methods]
+        rules, schedules = numbered(self.methods), numbered(self.schedules)
         for seed in self.settings.seed:
-            for i, method in enumerate(self.methods):
-                label = names[i] if names.count(names[i]) == 1 else f"{names[i]}-{names[:i].count(names[i]) + 1}"
-                yield method, seed, self.folder / f"{label}-seed{seed}"
+            for rule, method in rules.items():
+                for name, schedule in schedules.items():
+                    label = f"{rule}-{name}" if len(schedules) > 1 else rule
+                    yield Cell(method, schedule, seed, self.folder / f"{label}-seed{seed}")
+
+    @property
+    def count(self) -> int:
+        """Number of runs."""
+        return len(self.methods) * len(self.schedules) * len(self.settings.seed)
 
     def interrupt(self, *_: Any) -> None:
         """Stop after the current round; a second time, at once."""
@@ -87,8 +114,8 @@ class Study:
         self.console.print("stopping after this round; once more to stop at once")
 
     def estimate(self) -> Estimate:
-        """Expected costs of all runs together, from two probe clients and one evaluation of the first rule."""
-        parts = [self._estimate_one(method) for method in self.methods]
+        """Expected costs of all runs together, from two probe clients, one evaluation and a rehearsal of each."""
+        parts = [self._estimate_one(method, schedule) for method in self.methods for schedule in self.schedules]
         seeds = len(self.settings.seed)
         return Estimate(
             wall=seeds * sum(p.wall for p in parts),
@@ -98,7 +125,7 @@ class Study:
             memory=max(p.memory for p in parts),
         )
 
-    def _estimate_one(self, method: Method) -> Estimate:
+    def _estimate_one(self, method: Method, schedule: Schedule) -> Estimate:
         from dataclasses import replace
 
         from hanse.experiment import evaluate
@@ -106,19 +133,21 @@ class Study:
         seed, rounds = self.settings.seed[0], self.settings.rounds
         end = self.settings.seconds or math.inf
         net = LocalNetwork(self.federation(seed), method, self.engine, self.codec, seed=seed, rounds=rounds, seconds=end)
-        found = estimate(net, self.schedule)
+        found = estimate(net, schedule)
         net.begin(method.init(net.problem))
         evaluate(net)
         began = time.perf_counter()
         evaluate(net)
         once = time.perf_counter() - began
         times = rounds // self.settings.evaluate if self.settings.evaluate else 1
+        if self.settings.evaluate_seconds is not None:
+            times = int(found.virtual / self.settings.evaluate_seconds)
         return replace(found, wall=found.wall + once * times)
 
     def describe(self, found: Estimate) -> str:
         """An estimate in words."""
         data = sum(t.nbytes for s in (self.federation(self.settings.seed[0]).split,) for t in (s.train.x, s.train.y, s.test_x))
-        runs, size = len(self.methods) * len(self.settings.seed), cost_text("bytes", data)
+        runs, size = self.count, cost_text("bytes", data)
         virtual = f", {cost_text('seconds', found.virtual)} virtual" if found.virtual else ""
         return (
             f"estimate for {runs} run{'s' if runs > 1 else ''} of {self.settings.rounds} rounds: "
@@ -132,23 +161,24 @@ class Study:
         self.console.print(self.describe(expected), highlight=False, soft_wrap=True)
         self._prepare(resume)
         began, runs = time.monotonic(), []
-        with Display(self.console, len(self.methods) * len(self.settings.seed), self.settings.rounds) as display:
-            for method, seed, path in self.cells():
+        with Display(self.console, self.count, self.settings.rounds, self.settings.seconds) as display:
+            for cell in self.cells():
+                path = cell.path
                 if self.stopped:
                     break
                 there = resume and (path / SETTINGS).is_file()
-                done = len(Folder(path).history()) if there else 0
                 if there and Folder(path).complete():
                     runs.append(Folder(path).read())
-                    display.run(path.name, done)
+                    display.finish()
                     continue
-                runs.append(self._run_one(method, seed, path, there, display.run(path.name)))
+                runs.append(self._run_one(cell, there, display.run(path.name)))
         spent = time.monotonic() - began
         if runs and not self.stopped and not resume:
             self._judge(expected, runs, spent)
         return runs
 
-    def _run_one(self, method: Method, seed: int, path: Path, resume: bool, display: Writer) -> Run:
+    def _run_one(self, cell: Cell, resume: bool, display: Writer) -> Run:
+        path = cell.path
         settings = {name: str(value) for name, value in self.settings.model_dump().items()}
         trackers = [WRITERS[name](path.name, path, settings) for name in self.settings.track]
 
@@ -156,15 +186,16 @@ class Study:
             self.net, net.stopping = net, self.stopped
 
         return run(
-            self.federation(seed),
-            method,
-            self.schedule,
+            self.federation(cell.seed),
+            cell.method,
+            cell.schedule,
             rounds=self.settings.rounds,
             seconds=self.settings.seconds,
             codec=self.codec,
             engine=self.engine,
-            seed=seed,
+            seed=cell.seed,
             evaluate=self.settings.evaluate,
+            evaluate_seconds=self.settings.evaluate_seconds,
             out=path,
             writers=[display, *trackers],
             resume=resume,
@@ -177,8 +208,8 @@ class Study:
             if shutil.disk_usage(self.folder).free < LEAST_FREE:
                 raise CheckpointError(f"out: the disk of {self.folder} is full")
             if not resume:
-                for _, _, path in self.cells():  # a later resume must not take an earlier study's runs for this one's
-                    Folder(path).clear()
+                for cell in self.cells():  # a later resume must not take an earlier study's runs for this one's
+                    Folder(cell.path).clear()
                 Folder(self.folder).replace(STUDY, self.settings.toml().encode())
         except OSError as error:
             raise CheckpointError(f"out: {self.folder} cannot be written: {error.strerror}") from None
@@ -195,24 +226,25 @@ class Study:
             "bytes down": ("bytes", expected.down, down),
             "bytes up": ("bytes", expected.up, up),
         }
-        for run_, (_, _, path) in zip(runs, self.cells(), strict=True):
+        for run_, cell in zip(runs, self.cells(), strict=True):
             for name, (unit, guess, actual) in pairs.items():
                 if actual:
                     ratio = f", {guess / actual:.2f} of it" if actual else ""
                     run_.notes[f"estimated {name}"] = f"{cost_text(unit, guess)}, was {cost_text(unit, actual)}{ratio}"
             run_.notes["peak memory of the process"] = cost_text("bytes", peak)
-            Folder(path).describe(run_)
+            Folder(cell.path).describe(run_)
 
     def report(self, runs: list[Run]) -> Path:
         """Write ``report.html`` and the pictures."""
-        return write_report(runs, self.folder, f"{self.folder.name}: {', '.join(type(m).__name__ for m in self.methods)}")
+        parts = self.methods if len(self.schedules) == 1 else [*self.methods, *self.schedules]
+        return write_report(runs, self.folder, f"{self.folder.name}: {', '.join(type(part).__name__ for part in parts)}")
 
 
 def runs_in(folder: Path) -> list[Run]:
     """The run in ``folder``, or those of the study there; raises ``CheckpointError`` where there is none."""
     if (folder / SETTINGS).is_file():
         return [Folder(folder).read()]
-    cells = [path for _, _, path in Study.open(folder).cells()] if (folder / STUDY).is_file() else []
+    cells = [cell.path for cell in Study.open(folder).cells()] if (folder / STUDY).is_file() else []
     found = [Folder(path).read() for path in cells if (path / SETTINGS).is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no run: no {SETTINGS} in it or in its subfolders")

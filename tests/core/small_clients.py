@@ -34,7 +34,7 @@ def batch_of(counts: Sequence[int], x: Tensor, y: Tensor, step: int = 0) -> Batc
     for i, count in enumerate(counts):
         x[i, count:], y[i, count:] = x[i, 0], y[i, 0]
     weight = None if bool(real.all()) else (real.double() / n).to(x.dtype if x.is_floating_point() else torch.float64)
-    return Batch(x, y, weight, torch.arange(10, 10 + clients), 3, step, 0)
+    return Batch(x, y, weight, torch.arange(10, 10 + clients), torch.full((clients,), 3), step, 0)
 
 
 def plainly(problem: Problem, w: Tensor, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -56,22 +56,39 @@ def context(
     plan: Plan,
     *,
     ids: Tensor | None = None,
-    lr: float = 0.1,
+    rounds: Tensor | int = 0,
+    steps: Tensor | None = None,
+    lr: float | Tensor = 0.1,
     local: Optimizer | None = None,
     message: dict[str, Tensor] | None = None,
     state: dict[str, Tensor] | None = None,
     clip: float | None = None,
     totals: dict[str, Tensor] | None = None,
     seed: int = 0,
-    round: int = 0,
 ) -> Context:
-    """The work of ``ids`` (default: all clients, longest first)."""
+    """The work of ``ids`` (default: all clients, longest first) in ``rounds``; a message with a row a client is a mixed one."""
     if ids is None:
         ids = (-plan.lengths(samples.counts())).argsort(stable=True)
     message = message or {"x": problem.start[: problem.shared].clone()}
     if problem.shares_buffers:
         message.setdefault("buffers", problem.start_buffers)
-    return Context(problem, path, samples, Streams(seed), round, ids, message, state or {}, plan, lr, local or sgd(), clip, totals)
+    return Context(
+        problem=problem,
+        path=path,
+        samples=samples,
+        streams=Streams(seed),
+        ids=ids,
+        rounds=torch.as_tensor(rounds).expand(len(ids)),
+        steps=plan.lengths(samples.counts(ids)) if steps is None else steps,
+        message=message,
+        mixed=message["x"].dim() > 1,
+        state=state or {},
+        plan=plan,
+        lr=lr,
+        local=local or sgd(),
+        clip=clip,
+        totals=totals,
+    )
 
 
 def plain(ctx: Context, w: Tensor, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from hanse.core.losses import squared_error
 from hanse.core.optim import Optimizer, adamw, sgd
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch, Plan, Samples
+from hanse.core.streams import Streams
 
 COUNTS = [11, 8, 8, 3, 1]
 PATHS = ["loop", "vmap", "stacked"]
@@ -60,7 +61,9 @@ def test_training_is_gradient_descent(name: str) -> None:
         w, losses = problem.start.clone(), []
         for _ in range(2):
             for xs, ys in zip(x.split(4), y.split(4), strict=True):
-                g, loss = plainly(problem, w[None], Batch(xs[None], ys[None], None, torch.zeros(1), 0, 0, 0), [len(xs)])
+                g, loss = plainly(
+                    problem, w[None], Batch(xs[None], ys[None], None, torch.zeros(1), torch.zeros(1), 0, 0), [len(xs)]
+                )
                 w -= 0.2 * g[0]
                 losses.append(float(loss))
         torch.testing.assert_close(moved[row], w - problem.start, rtol=1e-10, atol=1e-10)
@@ -124,6 +127,8 @@ WITHOUT: dict[str, dict[str, object]] = {
     "nobody sums": {"totals": None},
     "clipping": {"clip": 1.0},
     "momentum": {"local": sgd(momentum=0.9)},
+    "rates that differ": {"lr": torch.full((5, 1), 0.1).double()},
+    "models that differ": {"message": {"x": torch.zeros(5, 103).double()}},
 }
 
 
@@ -149,13 +154,8 @@ def test_training_leaves_the_model_it_was_handed_alone(work: Callable[[Context],
 
 def test_gradients_are_clipped_row_by_row() -> None:
     problem, samples = made()
-    batch = next(
-        iter(
-            Plan(batch=1, shuffle=False).batches(
-                samples, torch.arange(5), context(problem, paths(problem)["loop"], samples, Plan()).streams, 0
-            )
-        )
-    )[1]
+    zeros, ones = torch.zeros(5).long(), torch.ones(5).long()
+    _, batch = next(Plan(batch=1, shuffle=False).batches(samples, torch.arange(5), Streams(0), zeros, ones))
     w = problem.start.expand(5, -1).clone()
     free, held = (
         context(problem, paths(problem)["vmap"], samples, Plan(batch=1), clip=clip).grad(w, batch) for clip in (None, 1.5)

@@ -11,7 +11,7 @@ from hanse.core.gradients import paths
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch, Plan
 
-WHERE = {"client": torch.tensor(5), "round": 2, "step": 1, "seed": 0}
+WHERE = {"client": torch.tensor(5), "round": torch.tensor(2), "step": 1, "seed": 0}
 
 
 def masked(part: nn.Module, x: Tensor, **where: object) -> Tensor:
@@ -44,7 +44,7 @@ def test_every_key_changes_the_mask() -> None:
     x, part = torch.ones(200), KeyedDropout(0.5, 0)
     here = masked(part, x)
     assert torch.equal(masked(part, x), here)
-    others = {"client": torch.tensor(6), "round": 3, "step": 2, "seed": 1}
+    others = {"client": torch.tensor(6), "round": torch.tensor(3), "step": 2, "seed": 1}
     for name, value in others.items():
         assert not torch.equal(masked(part, x, **{name: value}), here), name
     assert not torch.equal(masked(KeyedDropout(0.5, 1), x), here)
@@ -75,6 +75,23 @@ def test_vmap_and_loop_drop_the_same_units(counts: list[int]) -> None:
     evaluated = Problem(made.model, metrics={}, dtype=torch.float64)
     plain = evaluated.loss(evaluated.output(w[0], evaluated.start_buffers, batch.x[0]), batch.y[0]).mean()
     assert abs(float(plain - loss[0])) > 1e-3  # something was dropped
+
+
+@pytest.mark.parametrize("name", ["vmap", "loop"])
+@pytest.mark.parametrize("counts", [[6, 6, 6], [6, 4, 1]])
+def test_masks_follow_the_round_of_each_client(name: str, counts: list[int]) -> None:
+    """Clients that are at work for different rounds drop side by side what each drops alone."""
+    made, (x, y) = problem(), data(18)
+    batch, path, w = batch_of(counts, x, y), paths(made)[name], made.start.repeat(3, 1)
+    none = made.start_buffers.expand(3, -1)
+    mixed = batch._replace(rounds=torch.tensor([3, 8, 0]))
+    together, _ = path.grad(w, mixed, none)
+    for i, count in enumerate(counts):
+        alone = Batch(x=batch.x[i : i + 1, :count], y=batch.y[i : i + 1, :count], weight=None, ids=batch.ids[i : i + 1],
+                      rounds=mixed.rounds[i : i + 1], step=0, seed=0)  # fmt: skip
+        torch.testing.assert_close(path.grad(w[:1], alone, none[:1])[0][0], together[i], rtol=1e-12, atol=1e-12)
+    same_round, _ = path.grad(w, batch, none)
+    assert torch.equal(same_round[0], together[0]) and not torch.allclose(same_round[1], together[1])
 
 
 @pytest.mark.parametrize("name", ["vmap", "loop"])

@@ -217,7 +217,7 @@ def test_models_with_five_dimensional_weights_run() -> None:
     model = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 4**3, 3))
     problem = Problem(model)
     x, y = torch.randn(2, 5, 1, 4, 4, 4), torch.randint(3, (2, 5))
-    batch = Batch(x, y, None, torch.arange(2), 0, 0, 0)
+    batch = Batch(x, y, None, torch.arange(2), torch.zeros(2).long(), 0, 0)
     gradient, losses = paths(problem)["loop"].grad(problem.start.repeat(2, 1), batch, problem.start_buffers.repeat(2, 1))
     assert gradient.isfinite().all() and losses.isfinite().all()
 

@@ -13,10 +13,19 @@ from hanse.core.part import Part
 EVERY = [part for kind in KINDS.values() for part in kind.registry().values() if part is not constant]  # written as its number
 
 
+REQUIRED: dict[str, object] = {
+    **dict.fromkeys(("rate", "value", "sigma"), 0.5),
+    **dict.fromkeys(("factor", "mean", "median", "exponent", "inside", "outside", "first", "last", "low", "high", "least"), 2),
+    **dict.fromkeys(("every", "lasts"), 600),
+    **dict.fromkeys(("classes", "shares"), (1, 2)),
+    "values": (1, 2.5),
+    "parts": (1, "exponential(2)"),
+}
+
+
 def made(part: type[Part]) -> Part:
-    """With defaults, or the least that the required fields take."""
-    needed = {n: "a/b" for n, f in part.model_fields.items() if f.is_required()}
-    return part(**needed)
+    """With defaults; required fields get a number where they take one, else a name."""
+    return part(**{n: REQUIRED.get(n, "a/b") for n, f in part.model_fields.items() if f.is_required()})
 
 
 @pytest.mark.parametrize("part", EVERY, ids=lambda p: p.__name__)

@@ -28,9 +28,10 @@ def walk(plan: Plan, samples: Samples, ids: Tensor | None = None, round: int = 4
     if ids is None:
         ids = (-plan.lengths(samples.counts())).argsort(stable=True)
     seen: dict[int, list[list[int]]] = {int(i): [] for i in ids}
-    for k, (active, batch) in enumerate(plan.batches(samples, ids, Streams(1), round)):
-        assert (batch.step, batch.round, batch.seed) == (k, round, 1)
-        assert torch.equal(batch.ids, ids[:active]) and len(batch.x) == active
+    rounds, steps = torch.full_like(ids, round), plan.lengths(samples.counts(ids))
+    for k, (active, batch) in enumerate(plan.batches(samples, ids, Streams(1), rounds, steps)):
+        assert (batch.step, batch.seed) == (k, 1)
+        assert torch.equal(batch.ids, ids[:active]) and torch.equal(batch.rounds, rounds[:active]) and len(batch.x) == active
         assert torch.equal(batch.x.long(), batch.y)
         for i, client in enumerate(batch.ids.tolist()):
             x = batch.x[i]
@@ -53,7 +54,7 @@ def test_every_sample_exactly_once_per_pass(counts: Counts, batch: int, epochs: 
     for client, batches in walk(plan, samples).items():
         passes = -(-counts[client] // batch)
         assert len(batches) == epochs * passes == int(plan.lengths(samples.counts())[client])
-        assert sum(map(len, batches)) == int(plan.seen(samples.counts())[client])
+        assert sum(map(len, batches)) == int(plan.seen(samples.counts(), plan.lengths(samples.counts()))[client])
         for e in range(epochs):
             once = [v for b in batches[e * passes : (e + 1) * passes] for v in b]
             assert len(once) == counts[client] and set(once) == own(samples, client)
@@ -88,9 +89,41 @@ def test_a_client_sees_the_same_batches_whoever_else_is_there(
     assert walk(plan, samples, ids) == {i: together[i] for i in ids.tolist()}
 
 
+@given(some_counts, st.integers(1, 8), st.data())
+def test_seen_counts_the_samples_of_any_number_of_steps(counts: Counts, batch: int, data: st.DataObject) -> None:
+    """Also where it is neither the plan's own number nor whole passes."""
+    samples, plan = numbered(counts), Plan(batch)
+    steps = data.draw(st.lists(st.integers(0, 9), min_size=len(counts), max_size=len(counts)).map(lambda s: sorted(s)[::-1]))
+    ids, zeros, lengths = torch.arange(len(counts)), torch.zeros(len(counts)).long(), torch.tensor(steps)
+    seen = torch.zeros(len(counts)).long()
+    for active, batch_ in plan.batches(samples, ids, Streams(0), zeros, lengths):
+        width = batch_.x.shape[1] if batch_.weight is None else (batch_.weight > 0).sum(1)
+        seen[:active] += width
+    assert torch.equal(plan.seen(samples.counts(), lengths), seen)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(1, 6), st.booleans(), st.data())
+def test_rounds_and_steps_of_their_own_give_each_client_the_batches_it_has_alone(
+    counts: Counts, batch: int, shuffle: bool, data: st.DataObject
+) -> None:
+    samples, plan, streams, n = numbered(counts), Plan(batch, shuffle=shuffle), Streams(1), len(counts)
+    steps = torch.tensor(data.draw(st.lists(st.integers(1, 7), min_size=n, max_size=n).map(lambda s: sorted(s)[::-1])))
+    rounds = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)))
+    together = list(plan.batches(samples, torch.arange(n), streams, rounds, steps))
+    assert [active for active, _ in together] == [int((steps > k).sum()) for k in range(int(steps[0]))]
+    for i in range(n):
+        alone = list(plan.batches(samples, torch.tensor([i]), streams, rounds[i : i + 1], steps[i : i + 1]))
+        assert len(alone) == steps[i]
+        for (_, one), (_, all_) in zip(alone, together, strict=False):
+            real = one.x.shape[1]
+            assert torch.equal(all_.x[i, :real], one.x[0]) and all_.rounds[i] == one.rounds[0]
+            assert all_.weight is None or bool((all_.weight[i, real:] == 0).all())
+
+
 def test_those_still_at_work_come_first() -> None:
     samples, plan = numbered([9, 5, 2]), Plan(batch=2)
-    active = [n for n, _ in plan.batches(samples, torch.arange(3), Streams(0), 0)]
+    ids, zeros = torch.arange(3), torch.zeros(3).long()
+    active = [n for n, _ in plan.batches(samples, ids, Streams(0), zeros, plan.lengths(samples.counts()))]
     assert active == [3, 2, 2, 1, 1]
 
 
@@ -113,13 +146,15 @@ def test_orders_are_uniform() -> None:
 
 def test_unequal_batches_are_padded_with_weight_zero() -> None:
     samples = numbered([3, 2])
-    ((active, batch),) = Plan(batch=4, shuffle=False).batches(samples, torch.arange(2), Streams(0), 0)
+    zeros, ones = torch.zeros(2).long(), torch.ones(2).long()
+    ((active, batch),) = Plan(batch=4, shuffle=False).batches(samples, torch.arange(2), Streams(0), zeros, ones)
     assert active == 2 and batch.weight is not None
     torch.testing.assert_close(batch.weight, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]], dtype=torch.float64))
 
 
 def test_no_clients_no_batches() -> None:
-    assert list(Plan().batches(numbered([3]), torch.arange(0), Streams(0), 0)) == []
+    none = torch.arange(0)
+    assert list(Plan().batches(numbered([3]), none, Streams(0), none, none)) == []
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -36,6 +36,16 @@ def test_a_client_draws_the_same_whoever_else_draws(order: list[int], cut: int, 
     assert torch.equal(apart, together[ids])
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1 << 20), st.integers(0, 9)), min_size=1, max_size=8))
+def test_clients_in_rounds_of_their_own_draw_what_each_draws_alone(asked: list[tuple[int, int, int]]) -> None:
+    streams, (ids, rounds, extra) = Streams(3), torch.tensor(asked).unbind(1)
+    together = streams.words("batches", ids, rounds, 7, extra)
+    apart = [streams.words("batches", torch.tensor([client]), round, 7, more)[0] for client, round, more in asked]
+    assert torch.equal(together, torch.stack(apart))
+    drawn = streams.uniform("link.loss", ids, rounds)[:, 0].tolist()
+    assert drawn == [float(streams.uniform("link.loss", torch.tensor([i]), t)) for i, t, _ in asked]
+
+
 def test_a_longer_draw_begins_with_the_shorter_one() -> None:
     streams = Streams(0)
     assert torch.equal(streams.words("p", PEOPLE, 1, 11)[:, :6], streams.words("p", PEOPLE, 1, 6))

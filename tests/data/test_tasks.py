@@ -55,7 +55,8 @@ def federated_averaging(task: quadratics, rate: float, steps: int, rounds: int) 
     path, ids, w = paths(problem)["vmap"], torch.arange(task.count), problem.start
     for t in range(rounds):
         rows = w.expand(task.count, -1).clone()
-        for _, batch in Plan(batch=1, steps=steps).batches(samples, ids, streams, t):
+        plan, rounds_of = Plan(batch=1, steps=steps), torch.full_like(ids, t)
+        for _, batch in plan.batches(samples, ids, streams, rounds_of, torch.full_like(ids, steps)):
             gradient, _ = path.grad(rows, batch, problem.start_buffers.expand(task.count, -1))
             rows -= rate * gradient
         w = rows.mean(0)

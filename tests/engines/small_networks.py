@@ -53,7 +53,7 @@ def network(
 
 def ask(net: LocalNetwork, ids: Tensor, message: dict[str, Tensor] | None = None) -> Reply:
     """One exchange, outside any schedule."""
-    coroutine = net.ask(ids, "train", message or net.method.message(net.begin(net.method.init(net.problem))))
+    coroutine = net.ask(ids, "train", message or net.method.message(net.begin(net.method.init(net.problem))[0]))
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -64,7 +64,7 @@ def ask(net: LocalNetwork, ids: Tensor, message: dict[str, Tensor] | None = None
 
 def rounds(net: LocalNetwork, n: int, cohort: int = 5) -> dict[str, Tensor]:
     """``n`` rounds of the synchronous schedule; returns the server's state."""
-    state = net.begin(net.method.init(net.problem))
+    state, _ = net.begin(net.method.init(net.problem))
     for _ in range(n):
         t, ids = net.round, net.sample(cohort)
         state = net.method.step(state, ask(net, ids, net.method.message(state)), t)
@@ -72,6 +72,11 @@ def rounds(net: LocalNetwork, n: int, cohort: int = 5) -> dict[str, Tensor]:
         with pytest.raises(StopIteration):
             done.send(None)
     return state
+
+
+def traffic(net: LocalNetwork) -> tuple[int, int]:
+    """Bytes down and up so far."""
+    return net.clock.down, net.clock.up
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

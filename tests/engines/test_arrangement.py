@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hanse as hs
 from hanse.engines.arrangement import candidates
-from hanse.engines.local import LocalNetwork
+from hanse.engines.execution import Executor, Lane
 
 
 def go(federation: hs.Federation, engine: hs.engines.local | None = None) -> hs.Run:
@@ -25,15 +25,15 @@ def open_choice() -> hs.Federation:
 
 
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Grows with every execution that is not a round's own."""
+    """Grows with every execution, of a round's own work too."""
     calls: list[bool] = []
-    execute = LocalNetwork.execute
+    run = Executor.run
 
-    def counting(self: LocalNetwork, *arguments: object) -> object:
+    def counting(self: Executor, *arguments: Any, **options: Any) -> list[Lane]:
         calls.append(True)
-        return execute(self, *arguments)  # type: ignore[arg-type]
+        return run(self, *arguments, **options)
 
-    monkeypatch.setattr(LocalNetwork, "execute", counting)
+    monkeypatch.setattr(Executor, "run", counting)
     return calls
 
 

@@ -20,6 +20,13 @@ def same(a, b):
     return all(torch.equal(x.x, y.x) for x, y in zip(a, b, strict=True))
 
 
+def batches(federation, plan, client, round):
+    """What one client goes through in a round."""
+    samples, ids = federation.split.train, torch.tensor([client])
+    steps = plan.lengths(samples.counts(ids))
+    return [batch for _, batch in plan.batches(samples, ids, federation.streams, torch.tensor([round]), steps)]
+
+
 def test_fedavg_equals_a_plain_pytorch_loop(digits, follow):
     """Two rounds with all clients: one model after the other, autograd, sample-weighted average; only the batches are shared."""
     rule = FedAvg(lr=0.3, epochs=2, batch=16)
@@ -30,7 +37,7 @@ def test_fedavg_equals_a_plain_pytorch_loop(digits, follow):
         total = torch.zeros_like(x)
         for i in range(6):
             w = x.clone()
-            for _, batch in rule.plan().batches(samples, torch.tensor([i]), digits.streams, t):
+            for batch in batches(digits, rule.plan(), i, t):
                 w.requires_grad_(True)
                 p = layout.views(w)
                 output = F.relu(batch.x[0] @ p["0.weight"].T + p["0.bias"]) @ p["2.weight"].T + p["2.bias"]
@@ -133,7 +140,7 @@ def displacement(federation, x, t, lr):
     total = torch.zeros_like(x)
     for i in range(federation.clients):
         w = x.clone()
-        for _, batch in FedAvg().plan().batches(samples, torch.tensor([i]), federation.streams, t):
+        for batch in batches(federation, FedAvg().plan(), i, t):
             w.requires_grad_(True)
             loss = F.cross_entropy(problem.output(w, problem.start_buffers, batch.x[0]), batch.y[0])
             w = w.detach() - lr * torch.autograd.grad(loss, w)[0]

@@ -57,8 +57,14 @@ def gradient(federation, x, batch):
 
 def batches(federation, t):
     """The single batch of every client in round ``t``."""
-    plan, ids = Plan(batch=8, steps=1), range(federation.clients)
-    return [next(plan.batches(federation.split.train, torch.tensor([i]), federation.streams, t))[1] for i in ids]
+    return [one_client(federation, Plan(batch=8, steps=1), i, t)[0] for i in range(federation.clients)]
+
+
+def one_client(federation, plan, client, round):
+    """What one client goes through in a round."""
+    samples, ids = federation.split.train, torch.tensor([client])
+    steps = plan.lengths(samples.counts(ids))
+    return [batch for _, batch in plan.batches(samples, ids, federation.streams, torch.tensor([round]), steps)]
 
 
 def averaged(federation, x, lots):
@@ -173,7 +179,7 @@ def test_a_client_that_stops_early_counts_with_its_mean_direction(digits, follow
     alone = []
     for i in range(digits.clients):
         w = digits.problem.start
-        for _, batch in rule.plan().batches(digits.split.train, torch.tensor([i]), digits.streams, 0):
+        for batch in one_client(digits, rule.plan(), i, 0):
             w = w - 0.3 * gradient(digits, w, batch)
         alone.append((digits.problem.start - w) / 0.3 / int(steps[i]))
     close(follow(digits, rule, 1)[-1].state["g"], torch.stack(alone).mean(0), 1e-10)

@@ -29,7 +29,8 @@ def test_many_clients_at_once_equal_one_at_a_time(name):
         x, y = torch.randn(3, 2, *shape, dtype=torch.float64), torch.randint(3, (3, 2))
     w = problem.start + 0.1 * torch.randn(3, problem.layout.size, dtype=torch.float64)
     samples = Samples(x.flatten(0, 1), y.flatten(0, 1), torch.tensor([0, 2, 4, 6]))
-    [(_, batch)] = Plan(batch=2).batches(samples, torch.arange(3), Streams(0), 0)
+    zeros, ones = torch.zeros(3).long(), torch.ones(3).long()
+    [(_, batch)] = Plan(batch=2).batches(samples, torch.arange(3), Streams(0), zeros, ones)
     buffers = problem.start_buffers.expand(3, -1)
     found = {key: path.grad(w, batch, buffers) for key, path in paths(problem).items()}
     assert {"loop", "vmap"} <= set(found)

@@ -25,8 +25,10 @@ CASES: dict[str, dict[str, Any]] = {
     "hanse, SCAFFOLD": {"who": "hanse", "method": "Scaffold"},
     "hanse, top-k 10 %": {"who": "hanse", "codec": "topk(0.1)"},
     "hanse, bf16": {"who": "hanse", "engine": "local(precision='bf16')"},
+    "hanse, FedBuff": {"who": "hanse", "buffer": 10},
+    "hanse, FedBuff, each client alone": {"who": "alone", "buffer": 10},
 }
-ONLY = {"hanse, bf16": "W2"}
+ONLY = {"hanse, bf16": ("W2",), "hanse, FedBuff": ("W1", "W2", "W3"), "hanse, FedBuff, each client alone": ("W1", "W2", "W3")}
 SAME = ("hanse", "raw loop"), ("hanse, 5 epochs", "raw loop, 5 epochs")
 TOLERANCE = 1e-2
 """Largest relative difference of test losses between programs that do the same work in another order of additions."""
@@ -59,7 +61,7 @@ def measure(workload: Name, repeats: int, console: Console, folder: Path) -> dic
         export(workload, data)
     for i in range(repeats):
         for name, case in CASES.items():
-            if workload not in ONLY.get(name, workload):
+            if workload not in ONLY.get(name, (workload,)):
                 continue
             console.print(f"{workload} {i + 1}/{repeats} {name}", style="dim")
             spec = json.dumps({"workload": workload, **case})

@@ -26,6 +26,7 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, even
 from hanse.data.task import Dataset, Task
 from hanse.federation import Federation
+from hanse.fleet import Fleet
 
 Name = Literal["W1", "W2", "W3", "W4"]
 
@@ -97,9 +98,9 @@ class workload(Task):
                 )  # fmt: skip
 
 
-def federation(name: Name) -> Federation:
+def federation(name: Name, fleet: str = "ideal") -> Federation:
     """The workload as a federation, without test parts on the clients."""
-    return Federation(workload(name), WORKLOADS[name].clients, in_order(test=0))
+    return Federation(workload(name), WORKLOADS[name].clients, in_order(test=0), Fleet.parse(fleet))
 
 
 def export(name: Name, file: Path) -> None:

@@ -111,7 +111,7 @@ class Context:
         return part
 
     def pick(self, which: Tensor) -> Context:
-        """The work of some of the clients, ``which`` bool ``[C]``, as their own: nothing is shared, so write back what is to stay."""
+        """The work of some of the clients, ``which`` bool ``[C]``, as their own: write back what is to stay."""
         at = which.nonzero().squeeze(1)
         part = copy.copy(self)
         part.ids, part.rounds, part._lengths = self.ids[at.cpu()], self.rounds[at.cpu()], self._lengths[at.cpu()]

@@ -6,12 +6,15 @@ On any wire or disk a message is a safetensors file, so its size is a function o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from hanse.core.problem import Problem
 
 Tensors = dict[str, Tensor]
 
@@ -68,7 +71,7 @@ class Reply:
     multiplies their contributions, and ``total`` (None: the sum of the weights) is what the sum is divided by. ``rows[name]``
     ``[C, ...]`` are seen one by one. ``versions`` int64 ``[C]`` is the round of the model each started from, and
     ``starts[version]`` what was sent then. ``loss`` ``[C]`` is each client's mean training loss, ``population`` the number N of
-    registered clients.
+    registered clients and ``everyone`` the sum of their weights. ``problem`` is for servers that compute gradients themselves.
     """
 
     clients: Tensor
@@ -83,6 +86,8 @@ class Reply:
     scaled: Tensors | None = None
     scale: Tensor | None = None
     total: float | None = None
+    everyone: float = math.nan
+    problem: Problem | None = None
 
     def __len__(self) -> int:
         return len(self.clients)

@@ -29,7 +29,7 @@ class Problem:
 
     ``private`` and ``frozen`` are selections: name patterns or module types (see ``layout.select``). ``buffers`` says what becomes
     of the clients' batch-norm statistics: averaged like the model (``domains`` 0), averaged within each of so many domains, or
-    private to each client.
+    private to each client. ``sample`` ``[1, ...]`` of zeros has the shape and type of the inputs, where they are known.
     Raises ``ConfigError`` when nothing trainable is left or a selection matches nothing.
     """
 
@@ -43,11 +43,12 @@ class Problem:
         frozen: Sequence[str] = (),
         buffers: Literal["average", "domain", "private"] = "average",
         domains: int = 0,
+        sample: Tensor | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = copy.deepcopy(model).to(device=device, dtype=dtype)
-        self.loss, self.device, self.dtype = loss, torch.device(device), dtype
+        self.loss, self.sample, self.device, self.dtype = loss, sample, torch.device(device), dtype
         self.metrics: dict[str, PerSample] = {"accuracy": accuracy} if metrics is None else dict(metrics)
         own, held = select(self.model, private), select(self.model, frozen)
         held |= {n for n, p in self.model.named_parameters() if not p.requires_grad}

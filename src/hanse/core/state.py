@@ -17,7 +17,8 @@ from hanse.core.messages import Tensors
 
 
 class ClientState:
-    """Rows of ``widths[name]`` numbers for ``clients`` clients; a row not yet written reads as ``initial[name]`` (default zeros).
+    """Rows of ``widths[name]`` numbers for ``clients`` clients; a row not yet written reads as ``initial[name]`` (default zeros),
+    which is ``[width]`` for all or ``[clients, width]``.
 
     ``folder`` keeps the rows in memory-mapped files there instead of in memory.
     """
@@ -59,17 +60,20 @@ class ClientState:
         fresh = slots < 0
         found = {}
         for name, rows in self.rows.items():
-            start = self.initial.get(name)
             if bool(fresh.all()):
-                shape = (len(ids), self.widths[name])
-                found[name] = (
-                    torch.zeros(shape, dtype=self.dtype, device=self.device) if start is None else start.expand(shape).clone()
-                )
+                found[name] = self._first(name, ids)
                 continue
             found[name] = rows[slots.clamp(min=0)].to(self.device)
             if bool(fresh.any()):
-                found[name][fresh] = 0 if start is None else start
+                found[name][fresh] = self._first(name, ids[fresh])
         return found
+
+    def _first(self, name: str, ids: Tensor) -> Tensor:
+        """A copy of the rows of ``ids`` as they are before anything is written."""
+        start = self.initial.get(name)
+        if start is None:
+            return torch.zeros(len(ids), self.widths[name], dtype=self.dtype, device=self.device)
+        return start[ids.to(start.device)] if start.dim() > 1 else start.expand(len(ids), -1).clone()
 
     def write(self, ids: Tensor, rows: Tensors) -> None:
         """Replace the rows of ``ids``, creating those that are new. ``rows`` holds every name."""

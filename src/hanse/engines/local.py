@@ -242,7 +242,9 @@ class LocalNetwork:
         ids = self.streams.sample("back", self.clients, min(self.clients, 10_000), self.round)
         ids = ids[~torch.isin(ids, torch.from_numpy(self.out["client"]))]
         away = ids[~self.there(ids)]
-        asked = away[torch.from_numpy(self._back[away.numpy()] <= self.now)]  # of the others it is known since they were asked before
+        asked = away[
+            torch.from_numpy(self._back[away.numpy()] <= self.now)
+        ]  # of the others it is known since they were asked before
         self._back[asked.numpy()] = trace.back(self.federation.population, asked, self.now).numpy()
         return float(max(self._back[away.numpy()].min(initial=math.inf), self.now + 1e-6))
 
@@ -375,7 +377,7 @@ class LocalNetwork:
         self.state, self.notes = {n: t.to(self.problem.device) for n, t in part["state"].items()}, part["notes"]
         self.kept.restore(part["kept"])
         self.clock.restore(part["clock"])
-        self.pending.restore(part["pending"], self.problem.device)
+        self.pending.restore(part["pending"], self.clock, self.problem.device)
         self.taken, self.keys = saved["taken"].clone(), saved["keys"].numpy().copy()
         self.round, self.updates = map(int, saved["counters"])
         self.loss = float(saved["loss"])

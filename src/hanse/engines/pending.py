@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hanse.core.errors import CheckpointError
 from hanse.core.messages import Tensors, Upload
 from hanse.core.state import ClientState
 from hanse.engines.execution import Batch, Lane, add
@@ -129,8 +130,18 @@ class Pending:
             saved |= {f"{at}.own.{n}": t for n, t in own.items()} | {f"{at}.own.lane": torch.tensor([r.lane])}
         return {**saved, "next": torch.tensor([self._next])}
 
-    def restore(self, saved: Tensors, device: torch.device) -> None:
-        """Bring a snapshot back."""
+    def restore(self, saved: Tensors, clock: Clock, device: torch.device) -> None:
+        """Bring a snapshot back; raises ``CheckpointError`` if it lacks what the jobs of ``clock`` refer to."""
+        try:
+            self._restore(saved, device)
+        except (KeyError, ValueError):
+            raise CheckpointError("the checkpoint's work under way cannot be read") from None
+        jobs = np.concatenate([clock.out, clock.arrived])
+        held = [t for r in self.results for t in r.batch.tickets.tolist()]
+        if not self.messages.keys() >= set(jobs["message"].tolist()) or not np.isin(jobs["ticket"][jobs["known"] != 0], held).all():
+            raise CheckpointError("the checkpoint's work under way is not complete")
+
+    def _restore(self, saved: Tensors, device: torch.device) -> None:
         self.messages, self.results, self._next = {}, [], int(saved["next"])
         results: dict[int, dict[str, Tensors]] = {}
         for name, t in saved.items():

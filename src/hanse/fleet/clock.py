@@ -42,10 +42,11 @@ COLUMNS = (
     "up",  # bytes of the reply
     "known",  # whether ``up``, and with it ``arrives``, is known yet; before, ``arrives`` is the earliest possible
     "ignored",  # whether the server has given it up
+    "twice",  # whether the reply arrives twice
 )
 Jobs = NDArray[Any]
-"""Rows of jobs, int64 fields named as in ``COLUMNS``."""
-JOB = np.dtype([(name, np.int64) for name in COLUMNS])
+"""Rows of jobs, int64 fields named as in ``COLUMNS``, and the float64 field ``rate``, bytes a second to the server."""
+JOB = np.dtype([*((name, np.int64) for name in COLUMNS), ("rate", np.float64)])
 
 
 class Events(NamedTuple):
@@ -79,6 +80,7 @@ class Clock:
         self.time = self.down = self.up = self.late = self.lost = self.duplicates = self.tickets = 0
         self.out, self.arrived = np.empty(0, JOB), np.empty(0, JOB)
         self.rests = np.empty((0, 2), np.int64)
+        self._slot, self._drawn = np.full(population.size, -1, np.int32), torch.empty(0, dtype=torch.float64)
         self.ended: list[tuple[Jobs, int, bool]] = []
         """Jobs that came to an end, when, and whether the server used them; emptied by whoever reads it."""
 
@@ -100,12 +102,13 @@ class Clock:
 
         A job that the server had given up ends here: its client turns to the new one.
         """
-        who, profile = clients.numpy(), self.fleet.profile(self.population, clients)
+        who, profile = clients.numpy(), self._profile(clients)
         self._abandon(who)
         jobs = np.zeros(len(who), JOB)
         jobs["ticket"] = self.tickets + np.arange(len(who))
         jobs["client"], jobs["version"], jobs["key"], jobs["message"] = who, version, keys, message
         jobs["steps"], jobs["sent"] = work.steps.numpy(), self.time
+        jobs["rate"] = np.inf
         jobs["expires"] = min(self.time + int(nanoseconds(patience)), NEVER)
         self.tickets += len(who)
         self.down += size * len(who)
@@ -116,6 +119,20 @@ class Clock:
         self.out = np.concatenate([self.out, jobs])
         return jobs
 
+    def _profile(self, clients: Tensor) -> Profile | None:
+        """The devices of ``clients``; each is drawn once, when it first gets a job."""
+        who = clients.numpy()
+        new = np.unique(who[self._slot[who] < 0])
+        if not len(who):  # a round to which nobody came, maybe the first
+            return None
+        if len(new):
+            drawn = self.fleet.profile(self.population, torch.from_numpy(new))
+            if drawn is None:
+                return None
+            self._slot[new] = len(self._drawn) + np.arange(len(new))
+            self._drawn = torch.cat([self._drawn.reshape(-1, len(drawn)), torch.stack([*drawn], 1)])
+        return Profile(*self._drawn[torch.from_numpy(self._slot[who]).long()].unbind(1))
+
     def _place(self, jobs: Jobs, clients: Tensor, profile: Profile, size: int, work: Work) -> None:
         received = nanoseconds(profile.latency + size / profile.down) + self.time
         start = torch.from_numpy(received / SECOND)
@@ -124,7 +141,8 @@ class Clock:
         jobs["computed"] = np.where(broken.numpy(), NEVER, np.maximum(nanoseconds(at), received))
         arrives = jobs["computed"] + nanoseconds(profile.latency)
         gone = self._chance("link.loss", clients, jobs, profile.loss) | (jobs["computed"] >= NEVER)
-        jobs["arrives"] = np.where(gone, NEVER, arrives)
+        jobs["arrives"], jobs["rate"] = np.where(gone, NEVER, arrives), profile.up
+        jobs["twice"] = self._chance("link.duplicates", clients, jobs, profile.duplicates)
 
     def _chance(self, purpose: str, clients: Tensor, jobs: Jobs, probability: Tensor) -> NDArray[np.bool_]:
         if not bool((probability > 0).any()):
@@ -136,11 +154,9 @@ class Clock:
         """The replies of ``tickets``, which will arrive, have ``sizes`` bytes, int64; from now on it is known when."""
         order = np.argsort(tickets)
         rows = np.flatnonzero(np.isin(self.out["ticket"], tickets))
-        up = sizes[torch.from_numpy(order[np.searchsorted(tickets, self.out["ticket"][rows], sorter=order)])]
-        profile = self.fleet.profile(self.population, torch.from_numpy(self.out["client"][rows]))
+        up = sizes.numpy()[order[np.searchsorted(tickets, self.out["ticket"][rows], sorter=order)]]
         self.out["up"][rows], self.out["known"][rows] = up, 1
-        if profile is not None:
-            self.out["arrives"][rows] += nanoseconds(up / profile.up)
+        self.out["arrives"][rows] += nanoseconds(up / self.out["rate"][rows])
 
     def advance(self, replies: int, until: float, weigh: Callable[[], None]) -> Events:
         """Go on to the first of: ``replies`` more replies (or as many as can still come), a job given up, a rest over, ``until``.
@@ -176,11 +192,8 @@ class Clock:
         return Events(arrived, lost, rested, due=self.time >= int(nanoseconds(until)))
 
     def _receive(self, jobs: Jobs) -> Jobs:
-        clients = torch.from_numpy(jobs["client"].copy())
-        profile = self.fleet.profile(self.population, clients)
-        twice = 0 if profile is None else self._chance("link.duplicates", clients, jobs, profile.duplicates)
-        self.up += int((jobs["up"] * (1 + twice)).sum())
-        self.duplicates += int(np.sum(twice))
+        self.up += int((jobs["up"] * (1 + jobs["twice"])).sum())
+        self.duplicates += int(jobs["twice"].sum())
         self.late += int((jobs["ignored"] != 0).sum())
         used: Jobs = jobs[jobs["ignored"] == 0]
         used = used[np.lexsort((used["ticket"], used["client"], used["arrives"]))]
@@ -221,15 +234,25 @@ class Clock:
         return {
             "counters": torch.tensor(counters),
             "rests": torch.from_numpy(self.rests.copy()),
-            **{name: torch.from_numpy(rows.copy().view(np.int64).reshape(-1, len(COLUMNS))) for name, rows in tables.items()},
+            **{
+                name: torch.from_numpy(rows.copy().view(np.int64).reshape(-1, len(JOB.names or ())))
+                for name, rows in tables.items()
+            },
         }
 
     def restore(self, saved: Tensors) -> None:
         """Bring a snapshot back; raises ``CheckpointError`` if it is none."""
-        columns = {"counters": (), "rests": (2,), "out": (len(COLUMNS),), "arrived": (len(COLUMNS),)}
+        width = len(JOB.names or ())
+        columns = {"counters": (), "rests": (2,), "out": (width,), "arrived": (width,)}
+        whose = {"rests": 0, "out": COLUMNS.index("client"), "arrived": COLUMNS.index("client")}
         for name, shape in columns.items():
-            if name not in saved or saved[name].dtype != torch.int64 or saved[name].shape[1:] != shape:
+            table = saved.get(name)
+            if table is None or table.dtype != torch.int64 or not table.dim() or table.shape[1:] != shape:
                 raise CheckpointError(f"clock.{name}: the checkpoint's jobs cannot be read")
+            if name in whose and bool(((table[:, whose[name]] < 0) | (table[:, whose[name]] >= self.population.size)).any()):
+                raise CheckpointError(f"clock.{name}: the checkpoint's jobs are not of {self.population.size} clients")
+        if len(saved["counters"]) != 7:
+            raise CheckpointError("clock.counters: the checkpoint's jobs cannot be read")
         self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets = map(int, saved["counters"])
         self.rests = saved["rests"].numpy().copy()
         self.out, self.arrived = (saved[n].numpy().copy().view(JOB).reshape(-1) for n in ("out", "arrived"))

@@ -1,17 +1,27 @@
 """Learning rules, one file each."""
 
+from hanse.methods.anarchic import AFA_CD, AFA_CS
 from hanse.methods.base import Method
+from hanse.methods.fedamd import FedAMD
 from hanse.methods.fedasync import FedAsync
+from hanse.methods.fedau import AverageAll, FedAU, KnownParticipation
 from hanse.methods.fedavg import FedAvg
 from hanse.methods.fedavg_m import FedAvg_M, FedAvg_M_VR
 from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from hanse.methods.fedprox import FedProx
 from hanse.methods.fedspeed import FedSpeed
+from hanse.methods.memory import MIFA, FedVARP
 from hanse.methods.one_by_one import OneByOne
 from hanse.methods.scaffold import Scaffold
 from hanse.methods.scaffold_m import Scaffold_M, Scaffold_M_VR
 
 __all__ = [
+    "AFA_CD",
+    "AFA_CS",
+    "MIFA",
+    "AverageAll",
+    "FedAMD",
+    "FedAU",
     "FedAdagrad",
     "FedAdam",
     "FedAsync",
@@ -21,7 +31,9 @@ __all__ = [
     "FedAvg_M_VR",
     "FedProx",
     "FedSpeed",
+    "FedVARP",
     "FedYogi",
+    "KnownParticipation",
     "Method",
     "OneByOne",
     "Scaffold",

@@ -13,6 +13,7 @@ from hanse.core.optim import LearningRate, Optimizer, constant, sgd
 from hanse.core.part import Part
 from hanse.core.problem import Problem
 from hanse.core.samples import Plan
+from hanse.fleet.population import Population
 
 State = dict[str, Tensor]
 """What the server remembers, as named tensors: ``x`` ``[P]`` is always the global model. A state is never changed in place."""
@@ -34,7 +35,7 @@ class Method(Part):
     kind: ClassVar[str] = "method"
     abstract: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ()
-    """Names of the vectors ``[P]`` a client keeps between rounds, zero at first."""
+    """Names of what a client keeps between rounds; vectors ``[P]``, zero at first, unless ``kept`` says otherwise."""
 
     batched: ClassVar[bool] = True
     """Whether ``train`` takes many clients side by side; else engines hand it one at a time."""
@@ -60,6 +61,10 @@ class Method(Part):
     def init(self, problem: Problem) -> State:
         """The server's state before round 0."""
         return {"x": problem.start}
+
+    def kept(self, problem: Problem, population: Population) -> Tensors:
+        """What clients keep before their first job, by name: ``[width]`` for all alike, or ``[N, width]``."""
+        return {name: problem.start.new_zeros(problem.shared) for name in self.keeps}
 
     def plan(self) -> Plan:
         """How long clients work."""

@@ -33,6 +33,8 @@ class cyclic(Schedule):
             if self.shuffle:
                 order = torch.from_numpy(net.streams.numpy("cycle", round=cycle).permutation(net.clients))
             cohort = order[turn * self.cohort : (turn + 1) * self.cohort].sort().values
+            if not len(net.sample(1)):  # nobody at all is there, so that skipping turns would not pass any time
+                await net.wait(anyone=True)
             reply = await net.ask(cohort[net.there(cohort)], "train", method.message(state))
             if len(reply):
                 state = method.step(state, reply, net.round)

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
+from hanse.fleet.clock import SECOND
 from hanse.methods.base import Method
 from hanse.schedules.network import Network, Schedule, start
 from hanse.schedules.periods import measured, unknown_periods
@@ -38,11 +39,13 @@ class fedfix(Schedule):
 
     async def run(self, net: Network, method: Method) -> None:
         state, notes = await start(net, method, unknown_periods(net.clients))
+        # Up to whole nanoseconds, as virtual time is kept: a job of k windows, rounded to the nearest one, has to fit into k windows.
+        window = math.ceil(self.window * SECOND * (1 - 1e-12)) / SECOND
         while net.going():
             free = net.sample((self.cohort or net.clients) - len(net.out))
             if len(free):
                 net.send(free, "train", method.message(state), patience=self.patience)
-            end = (math.floor(net.now / self.window + 1e-9) + 1) * self.window
+            end = net.now + window
             while not (await net.wait(net.clients, until=end)).due:
                 pass
             jobs = net.arrived

@@ -44,10 +44,10 @@ class synchronous(Schedule):
             raise ConfigError(f"synchronous.cohort: {self.cohort} is not allowed: at most the number of clients, {net.clients}")
         state, _ = await start(net, method)
         while net.going():
-            cohort = self._drawn(net) if self.draw == "bernoulli" else net.sample(math.ceil(self.cohort * (1 + self.over)))
-            if not len(cohort):
+            cohort = self._draw(net)
+            if not len(cohort) and not len(net.sample(1)):  # nobody is there; a draw of nobody is a round of nobody
                 await net.wait(anyone=True)
-                cohort = net.sample(self.cohort)
+                cohort = self._draw(net)
             reply = await self._ask(net, cohort, method.message(state))
             if len(reply):
                 state = method.step(state, reply, net.round)
@@ -66,7 +66,9 @@ class synchronous(Schedule):
         net.call_off(net.arrived)
         return reply
 
-    def _drawn(self, net: Network) -> Tensor:
+    def _draw(self, net: Network) -> Tensor:
+        if self.draw == "fixed":
+            return net.sample(math.ceil(self.cohort * (1 + self.over) - 1e-9))
         u = net.streams.uniform("draw", torch.zeros(1, dtype=torch.long), net.round, net.clients)[0]
         drawn = (u < self.cohort / net.clients).nonzero().squeeze(1)
         return drawn[net.there(drawn)]

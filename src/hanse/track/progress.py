@@ -18,10 +18,14 @@ PLAIN_SECONDS = 5.0
 
 
 class Display:
-    """Progress of ``runs`` runs of ``rounds`` rounds each, on ``console``."""
+    """Progress of ``runs`` runs of ``rounds`` rounds or ``seconds`` virtual seconds each, on ``console``.
 
-    def __init__(self, console: Console, runs: int, rounds: int) -> None:
-        self.console, self.rounds, self.done, self.total = console, rounds, 0, runs * rounds
+    It counts in rounds; of a run that ends by time, in as many as its time is worth.
+    """
+
+    def __init__(self, console: Console, runs: int, rounds: int, seconds: float | None = None) -> None:
+        self.console, self.rounds, self.seconds = console, rounds, seconds
+        self.before, self.done, self.total = 0, 0, runs * rounds
         self.began = self.printed = time.monotonic()
         columns = (
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
@@ -38,19 +42,24 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.live.stop()
 
-    def run(self, label: str, done: int = 0) -> RunDisplay:
-        """The writer that shows one run, of which ``done`` rounds are there already."""
-        self.done += done
+    def run(self, label: str) -> RunDisplay:
+        """The writer that shows one run."""
         return RunDisplay(self, label)
 
+    def finish(self) -> None:
+        """A run is over, or was there already."""
+        self.before += self.rounds
+        self.done = self.before
+
     def advance(self, label: str, record: Record) -> None:
-        """One more round."""
-        self.done += 1
+        """One more round of the present run."""
+        share = 0.0 if self.seconds is None else record["seconds"] / self.seconds
+        self.done = self.before + min(self.rounds, max(record["round"], round(share * self.rounds)))
         if self.lively:
             self.live.update(self.task, completed=self.done, description=label, status=status(record))
         elif time.monotonic() - self.printed > PLAIN_SECONDS or record["round"] == self.rounds:
             self.printed = time.monotonic()
-            left = (self.printed - self.began) / self.done * (self.total - self.done)
+            left = (self.printed - self.began) / max(1, self.done) * (self.total - self.done)
             line = f"{label}  round {record['round']}/{self.rounds}  {status(record)}  {cost_text('seconds', left)} left"
             self.console.print(Text(line), soft_wrap=True)
 
@@ -68,7 +77,8 @@ class RunDisplay:
         self.display.advance(self.label, {**record, "metrics": self.metrics})
 
     def close(self) -> None:
-        """Nothing to do."""
+        """The run is over."""
+        self.display.finish()
 
 
 def status(record: Record) -> str:

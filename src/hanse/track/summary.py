@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,25 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
         rivals = [_but_seed(other[0]) for other in alike.values() if other[0].method == run.method]
         own = [key for key in dict.fromkeys(k for r in rivals for k in r) if len({r.get(key) for r in rivals}) > 1]
         head = run.settings.get("method", run.method) if "method" in own else run.method
-        labelled[" ".join([head, *(f"{k}={run.settings.get(k, '-')}" for k in own if k != "method")])] = members
+        labelled[" ".join([head, *(_difference(k, run, rivals) for k in own if k != "method")])] = members
     return labelled
+
+
+def _difference(key: str, run: Run, rivals: Sequence[Mapping[str, str]]) -> str:
+    """A setting in which runs differ; of a part its name, with the fields that tell it apart from its namesakes."""
+    own = run.settings.get(key, "-")
+    name = own.partition("(")[0]
+    if not name.isidentifier():
+        return f"{key}={own}"
+    namesakes = [_fields(value) for value in {r.get(key, "-") for r in rivals} if value.partition("(")[0] == name]
+    apart = {k: v for k, v in _fields(own).items() if any(other.get(k) != v for other in namesakes)}
+    return f"{name}({', '.join(f'{k}={v}' for k, v in apart.items())})" if apart else name
+
+
+def _fields(part: str) -> dict[str, str]:
+    """The fields of a part written in full, as text."""
+    call = ast.parse(part, mode="eval").body
+    return {str(k.arg): ast.unparse(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
 
 
 def _but_seed(run: Run) -> dict[str, str]:
