@@ -134,6 +134,7 @@ def test_who_is_late_starts_again_at_once_and_counts_when_the_next_group_is_clos
     assert seen.seconds[4:] == [40, 52, 62, 72, 82]
     assert [job for job in seen.jobs if 40 <= job[0] < 72] == [(40, 0, 10), (40, 1, 3), (52, 0, 10), (54, 1, 4), (62, 0, 10)]
     assert seen.staleness[6] == 0.5, "the late update had seen one version less"
+    assert seen.net.notes["speed"].tolist() == pytest.approx([1e9, 0.1 * (0.1 * 4.5e9 + 0.9 * 3e9) + 0.9 * 3e9])
 
 
 def test_a_late_update_does_not_wait_where_no_group_is_open():

@@ -48,9 +48,16 @@ def test_rounds_done_before_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run that is read from its folder moves the bar on."""
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=200), runs=2, rounds=3) as display:
-        display.run("one", 3)
+        display.finish()
         display.run("two").write(made_runs.record(1, accuracy=0.5))
     assert "4/6" in out.getvalue()
+
+
+def test_a_run_that_ends_by_time_counts_in_its_share_of_it() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, width=200), runs=1, rounds=1000, seconds=20.0) as display:
+        display.run("one").write(made_runs.record(3, seconds=10.0))
+    assert "500/1000" in out.getvalue()
 
 
 def test_status_without_evaluation_and_virtual_time() -> None:

@@ -128,7 +128,23 @@ def test_methods_keep_the_order_in_which_they_came():
 
 def test_one_rule_with_two_codecs_is_two_methods():
     runs = [run(codec="identity"), run(codec="topk(ratio=0.1)"), run("FedProx", codec="identity")]
-    assert list(groups(runs)) == ["FedAvg codec=identity", "FedAvg codec=topk(ratio=0.1)", "FedProx"]
+    assert list(groups(runs)) == ["FedAvg identity", "FedAvg topk", "FedProx"]
+
+
+def test_one_rule_under_schedules_of_one_name_is_told_apart_by_the_fields_that_differ():
+    texts = "synchronous(cohort=4, over=0.0)", "synchronous(cohort=4, over=0.3)", "fedbuff(buffer=3)"
+    assert list(groups([run(schedule=text) for text in texts])) == [
+        "FedAvg synchronous(over=0.0)",
+        "FedAvg synchronous(over=0.3)",
+        "FedAvg fedbuff",
+    ]
+
+
+def test_a_run_that_ended_by_its_time_did_not_stop_early():
+    ended, stopped = run(seconds=9.0), run(seed=1, seconds=9.0)
+    ended.settings |= {"rounds": "1000", "seconds": str(ended.history[-1]["seconds"])}
+    stopped.settings |= {"rounds": "1000", "seconds": "1e9"}
+    assert [text.split(",")[1] for text in doubts([ended, stopped])] == [" seed 1"]
 
 
 def test_one_rule_with_two_rates_is_told_apart_by_its_parameters():

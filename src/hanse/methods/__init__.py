@@ -14,6 +14,7 @@ from hanse.methods.memory import MIFA, FedVARP
 from hanse.methods.one_by_one import OneByOne
 from hanse.methods.scaffold import Scaffold
 from hanse.methods.scaffold_m import Scaffold_M, Scaffold_M_VR
+from hanse.methods.stale_inversion import FirstOrder, StaleInversion
 
 __all__ = [
     "AFA_CD",
@@ -33,10 +34,12 @@ __all__ = [
     "FedSpeed",
     "FedVARP",
     "FedYogi",
+    "FirstOrder",
     "KnownParticipation",
     "Method",
     "OneByOne",
     "Scaffold",
     "Scaffold_M",
     "Scaffold_M_VR",
+    "StaleInversion",
 ]

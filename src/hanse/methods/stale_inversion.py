@@ -29,8 +29,8 @@ Clients must do what the server unrolls: plain steps on all they hold, hence ``b
 matched by as many full steps on D_rec). Private parameters, batch norm, losses other than cross-entropy and samples that are not
 real numbers are refused. Rectified units invert less easily than smooth ones.
 
-Sent: down x, up Delta_i, which the server sees one by one. Kept: nothing at the clients; at the server four vectors for each client
-whose update was inverted, until it delivers again, and how many ``inversions`` there were. FirstOrder keeps nothing.
+Sent: down x, up Delta_i, which the server sees one by one. Kept: nothing at the clients; at the server four vectors for each update
+that was inverted, until its client delivers a later one, and how many ``inversions`` there were. FirstOrder keeps nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.func import vmap
 
@@ -55,7 +55,17 @@ from hanse.methods.base import PlainSgd, State
 from hanse.methods.fedavg import FedAvg
 
 
-class Seen(FedAvg):
+def _ordered(box: tuple[float, float]) -> tuple[float, float]:
+    if box[0] >= box[1]:
+        raise ValueError("the least value comes first, then a greater one")
+    return box
+
+
+Box = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_ordered)]
+"""An interval."""
+
+
+class RowByRow(FedAvg):
     """FedAvg whose server sees the updates one by one, which makes no difference to their average."""
 
     abstract: ClassVar[bool] = True
@@ -69,20 +79,20 @@ class Seen(FedAvg):
         return weight @ rows / (reply.weight.sum() if reply.total is None else reply.total)
 
 
-class FirstOrder(Seen):
-    """Compensates the delay to first order, with the squared update as the Hessian's diagonal."""
+class FirstOrder(RowByRow):
+    """FedAvg that compensates the delay to first order, with the squared update for the Hessian's diagonal."""
 
     lam: NonNegativeFloat = 4.0
-    """Strength of the compensation; 0 takes stale updates as they are."""
+    """Strength of the compensation; 0 takes stale updates as they are. The smaller the local rate, the more it takes."""
 
     def step(self, state: State, reply: Reply, round: int) -> State:
         delta = reply.rows["delta"]
-        hat = delta - self.lam * delta.square() * (state["x"] - starts(reply))
+        hat = delta - self.lam * delta.square() * (state["x"] - starts(reply, reply.versions))
         return self.move(state, reply, self.average(reply, hat))
 
 
-class StaleInversion(Seen):
-    """Inverts stale updates into data and trains the current model on these."""
+class StaleInversion(RowByRow):
+    """FedAvg that turns stale updates into data and trains the current model on these."""
 
     local: PlainSgd = optim.sgd()
     """Plain sgd."""
@@ -102,19 +112,13 @@ class StaleInversion(Seen):
     """Share of the update's entries that D_rec has to match, the largest ones, in large models."""
     dense: NonNegativeInt = 100_000
     """Numbers in the largest model whose updates are matched in full."""
-    box: tuple[FiniteFloat, FiniteFloat] | None = None
+    box: Box | None = None
     """Least and greatest value of an input, to which X is held; None: any."""
     warm: PositiveInt | None = None
     """Steps of the search when it starts from the client's last D_rec, which then stays in the server's state and its checkpoints;
     None: it always starts from noise, and D_rec is kept nowhere."""
     seed: NonNegativeInt = 0
     """Draws the noise the search starts from, for each client and version."""
-
-    @model_validator(mode="after")
-    def _room(self) -> StaleInversion:
-        if self.box is not None and self.box[0] >= self.box[1]:
-            raise ValueError(f"StaleInversion.box: {self.box} is not allowed: the least value comes first")
-        return self
 
     def init(self, problem: Problem) -> State:
         """Raises ``ConfigError`` for a problem whose updates cannot be inverted."""
@@ -142,7 +146,7 @@ class StaleInversion(Seen):
             return self.move(state, reply, self.average(reply, delta))
         problem, clients, versions, raw = reply.problem, reply.clients[which], reply.versions[which], delta[which]
         assert problem is not None
-        x, labels, cost = self._inverted(state, problem, starts(reply)[which], raw, clients, versions)
+        x, labels, cost = self._inverted(state, problem, starts(reply, versions), raw, clients, versions)
         now = self._update(problem, state["x"], x, labels, round)
         good = cost[1].isfinite() & (cost[1] < cost[0]) & now.isfinite().all(1)
         hat = delta.clone()
@@ -164,7 +168,10 @@ class StaleInversion(Seen):
         return {**moved, "inversions": state["inversions"] + len(which)}
 
     def _judged(self, state: State, reply: Reply, round: int) -> State:
-        """Compare what was made of earlier updates with what their clients deliver now, and say when the raw ones are better."""
+        """Compare what was made of earlier updates with what their clients deliver now, and note when the raw ones are better.
+
+        ``errors`` has a row a comparison: its round, E1, E2.
+        """
         client, version = (state[f"past.{n}"].cpu() for n in ("client", "version"))
         same = client[:, None] == reply.clients
         i, j = (same & (version[:, None] == reply.versions)).nonzero(as_tuple=True)
@@ -239,21 +246,22 @@ class StaleInversion(Seen):
 
 
 def invertible(problem: Problem) -> Tensor:
-    """The output for a sample of zeros, ``[1, classes]``; raises ``ConfigError`` where there is none to be inverted from."""
-    sample = problem.sample
-    wrong = None
-    if problem.layout.size > problem.shared:
-        wrong = "private parameters, which the server lacks"
-    elif problem.buffer_layout.size:
-        wrong = "batch norm, whose statistics the server lacks"
-    elif sample is None or not sample.is_floating_point():
-        wrong = "samples that are not real numbers"
-    elif problem.loss is not cross_entropy:
-        wrong = "a loss other than cross-entropy"
-    if wrong is not None or sample is None:
-        raise ConfigError(f"method: StaleInversion is not allowed with {wrong}")
+    """The model's output for a sample of zeros, ``[1, classes]``; raises ``ConfigError`` where updates cannot be inverted."""
+    refusals = {
+        "private parameters, which the server lacks": problem.layout.size > problem.shared,
+        "batch norm, whose statistics the server lacks": problem.buffer_layout.size > 0,
+        "samples that are not real numbers": problem.sample is None or not problem.sample.is_floating_point(),
+        "a loss other than cross-entropy": problem.loss is not cross_entropy,
+    }
+    for wrong, found in refusals.items():
+        if found:
+            raise ConfigError(f"method: StaleInversion is not allowed with {wrong}")
+    assert problem.sample is not None
     with torch.no_grad():
-        return problem.output(problem.start, problem.start_buffers, sample)
+        output = problem.output(problem.start, problem.start_buffers, problem.sample)
+    if output.dim() != 2:
+        raise ConfigError("method: StaleInversion is not allowed with a model that gives more than one label a sample")
+    return output
 
 
 def local_update(problem: Problem, w: Tensor, x: Tensor, y: Tensor, lr: float | Tensor, steps: int) -> Tensor:
@@ -292,10 +300,10 @@ def unique(delta: Tensor, fresh: Tensor) -> Tensor:
     return (nearest > between.mean() + between.std(correction=0)).cpu()
 
 
-def starts(reply: Reply) -> Tensor:
-    """The model each client started from, ``[C, P]``."""
-    versions, which = torch.unique(reply.versions, return_inverse=True)
-    return torch.stack([reply.starts[v]["x"] for v in versions.tolist()])[which]
+def starts(reply: Reply, versions: Tensor) -> Tensor:
+    """The models of ``versions`` ``[S]``, ``[S, P]``."""
+    found, which = torch.unique(versions, return_inverse=True)
+    return torch.stack([reply.starts[v]["x"] for v in found.tolist()])[which]
 
 
 def trust(switch: Tensor, round: int) -> float:

@@ -16,7 +16,7 @@ from hanse.reproduce.base import Findings, Property, save, tables
 
 __all__ = ["SLUGS", "Findings", "Property", "run"]
 
-SLUGS = ("fedamd", "fedspeed", "momentum")
+SLUGS = ("fedamd", "fedau", "fedspeed", "momentum")
 """What there is to reproduce, by the name of its file."""
 
 

@@ -24,7 +24,7 @@ from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
 
 CLIENTS, ROUNDS, EVERY, LAST, RARE = 30, 600, 20, 5, 3
-RATES = (0.05, 0.1, 0.2, 0.4)
+RATES = (0.1, 0.2, 0.4)  # at 0.05 every rule is worse, at 0.8 averaging over participants and FedAU diverge
 PATTERNS = {"Bernoulli": bernoulli(by_labels()), "Markov": markov(by_labels()), "cyclic": cyclic(by_labels())}
 WORK = {"steps": 5, "batch": 16}
 OURS, PLAIN, KNOWN = "FedAU", "average over participants", "known probability"
@@ -182,13 +182,14 @@ def reproduce() -> Findings:
 
     return Findings(
         "FedAU against averages over participants and over all",
-        f"Digits, MLP 64-64-10, {CLIENTS} clients with Dirichlet(0.1) labels, 5 local steps of 16 samples, {ROUNDS} rounds, means over"
-        f" 3 seeds. Everybody who is there takes part; rates follow the labels, p_n = max(0.02, <labels of n, q>) with"
-        f" q ~ Dirichlet(0.1), two to four clients a round on average. Accuracy is on the test set of 360 pictures, and on those of"
-        f" the {RARE} classes whose samples take part least, over the last {LAST} evaluations, one every {EVERY} rounds. The local rate"
-        f" falls to nearly 0 as half a cosine; its start is the best of {', '.join(map(str, RATES))} for each rule, chosen on seed 0 of"
-        " the Bernoulli pattern and used for all. Averaging over all has a server rate of 10, as in the paper, the others 1. FedAU has"
-        " no cutoff. Quadratics: ten clients, p_n from 0.05 to 1, 60000 rounds of their update written out.",
+        f"Digits, MLP 64-64-10, {CLIENTS} clients with Dirichlet(0.1) labels, 5 local steps of 16 samples, {ROUNDS} rounds,"
+        " means over 3 seeds. Everybody who is there takes part; rates follow the labels, p_n = max(0.02, <labels of n, q>)"
+        " with q ~ Dirichlet(0.1): two to four of 30 clients a round. Accuracy is on the test set of 360 pictures, and on those"
+        f" of the {RARE} classes whose samples take part least, over the last {LAST} evaluations, one every {EVERY} rounds. The"
+        f" local rate falls to nearly 0 as half a cosine; its start is the best of {', '.join(map(str, RATES))} for each rule,"
+        " chosen on seed 0 of the Bernoulli pattern and used for all. Averaging over all has a server rate of 10, as in the"
+        " paper, the others 1. FedAU has no cutoff. Quadratics: ten clients with F_n(x) = 0.5 |x - a_n|^2, standard normal a_n"
+        " in ten dimensions, p_n evenly from 0.05 to 1, 60000 rounds of the model's update written out, with the rule's weights.",
         properties,
         ("participation", "rule", "rate", "accuracy", "rarest classes", "accuracy by seed"),
         rows,

@@ -366,7 +366,7 @@ def timeline(run: Run) -> Figure:
     total = len(run.clients["rounds"]) if "rounds" in run.clients else there
     some = f"{len(ids)} of {total:,}" if there < total else f"{total:,}"
     who = f"the {len(ids)} busiest of {total:,}" if len(ids) < there else some
-    schedule = textwrap.shorten(run.settings.get("schedule", ""), 40, placeholder=" …")
+    schedule = run.settings.get("schedule", "").partition("(")[0]
     busy = np.nansum(np.clip(jobs.computed, begin, end) - np.clip(jobs.received, begin, end)) / (len(ids) * (end - begin))
     facts = [f"computing {100 * busy:.0f} % of the time"]
     counted = (silent.sum(), "job", "jobs", "without reply"), (dropped.sum(), "reply", "replies", "dropped")

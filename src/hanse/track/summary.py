@@ -320,7 +320,8 @@ def doubts(runs: Sequence[Run]) -> list[str]:
     for label, members in groups(runs).items():
         for run in members:
             done, planned = len(run.history), int(run.settings.get("rounds", len(run.history)))
-            if done < planned:
+            over = bool(run.history) and run.history[-1]["seconds"] >= float(run.settings.get("seconds", "inf"))
+            if done < planned and not over:
                 found.append(f"{label}, seed {run.seed}, stopped after {done:,} of {planned:,} rounds.")
             if done and not math.isfinite(last_value(run, metric)):
                 found.append(f"{label}, seed {run.seed}, ended without a finite {metric_text(metric)}.")
