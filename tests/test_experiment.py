@@ -19,7 +19,7 @@ from hanse.config import Settings
 from hanse.core.messages import Tensors
 from hanse.core.optim import constant, cosine
 from hanse.engines.local import LocalNetwork
-from hanse.track.folder import CHECKPOINT, HISTORY, Folder
+from hanse.track.folder import CHECKPOINT, CLIENTS, HISTORY, Folder
 from hanse.track.run import Record, Run
 
 ENGINE = hs.engines.local("stacked", 4, 1, 1)
@@ -87,7 +87,7 @@ def test_settings_in_a_folder_rebuild_the_same_run(tmp_path: Path, seed: int) ->
     rule = hs.methods.FedProx(mu=0.3, lr=cosine(0.2, rounds=9), clip=1.5)
     run = go(federation, rule, out=tmp_path, seed=seed, codec=hs.codecs.topk(0.3))
     settings = Settings.read(None, Folder(tmp_path).read().settings)
-    (method,), schedule, codec, engine = settings.parts()
+    (method,), (schedule,), codec, engine = settings.parts()
     again = hs.run(
         settings.federation(settings.seed[0]), method, schedule, rounds=settings.rounds, codec=codec, engine=engine,
         seed=settings.seed[0], evaluate=settings.evaluate,
@@ -302,9 +302,17 @@ def test_saving_into_its_own_folder_keeps_the_checkpoint(federation: hs.Federati
 
 def test_a_run_is_complete_only_with_a_checkpoint_of_its_last_round(federation: hs.Federation, tmp_path: Path) -> None:
     hs.run(federation, hs.methods.FedAvg(), hs.schedules.synchronous(cohort=4), rounds=2, out=tmp_path)
-    assert Folder(tmp_path).complete(2) and not Folder(tmp_path).complete(3)
+    assert Folder(tmp_path).complete()
+    checkpoint, lines = (tmp_path / CHECKPOINT).read_bytes(), (tmp_path / HISTORY).read_bytes()
+    (tmp_path / HISTORY).write_bytes(2 * lines)
+    assert not Folder(tmp_path).complete()  # the checkpoint is of an earlier round
+    (tmp_path / HISTORY).write_bytes(lines)
+    assert Folder(tmp_path).complete()
     (tmp_path / CHECKPOINT).unlink()
-    assert not Folder(tmp_path).complete(2)
+    assert not Folder(tmp_path).complete()
+    (tmp_path / CHECKPOINT).write_bytes(checkpoint)
+    (tmp_path / CLIENTS).unlink()
+    assert not Folder(tmp_path).complete()  # it was stopped, rather than over
 
 
 @pytest.mark.parametrize(("field", "value"), [("rounds", 0), ("evaluate", -1)])

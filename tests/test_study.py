@@ -99,13 +99,13 @@ def test_the_estimate_is_judged_afterwards(tmp_path: Path) -> None:
 def test_what_is_wrong_is_found_before_any_work(tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, object], str]] = [
         ({"method": ["FedAvg", "Fedprix"]}, "unknown name 'Fedprix'; did you mean FedProx"),
-        ({"cohort": 7}, "cohort: 7 is not allowed: there are 6 clients"),
+        ({"cohort": 7}, "cohort: 7 is not allowed: at most the number of clients, 6"),
         ({"codec": "zip"}, "codec: unknown name 'zip'"),
         ({"engine": "local(chunk=0)"}, "local.chunk: 0 is not allowed"),
     ]
     for values, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            study(tmp_path / "x", **values)
+            study(tmp_path / "x", **values).run()
     assert not (tmp_path / "x").exists()
 
 

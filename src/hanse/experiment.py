@@ -69,11 +69,11 @@ class Recorder:
             seconds=net.now,
             bytes_down=net.clock.down,
             bytes_up=net.clock.up,
-            updates=net.updates,
-            staleness=net.staleness,
             loss=net.loss,
             metrics=evaluate(net) if due else {},
             cohort=net.cohort.tolist() if len(net.cohort) <= COHORT_LISTED else [],
+            staleness=net.staleness,
+            updates=net.updates,
             jobs=self._jobs(net),
         )
         self.result.history.append(record)

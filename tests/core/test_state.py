@@ -32,6 +32,17 @@ def test_a_row_not_yet_written_reads_as_its_start(state: ClientState) -> None:
     assert torch.equal(state.read(torch.tensor([0]))["private"], torch.tensor([[5.0, 6.0]]))
 
 
+def test_rows_may_start_out_different() -> None:
+    start = torch.arange(10.0)[:, None]
+    state = ClientState(10, {"p": 1}, initial={"p": start})
+    assert torch.equal(state.read(torch.tensor([4, 2]))["p"], start[[4, 2]])
+    state.write(torch.tensor([2]), {"p": torch.tensor([[9.5]])})
+    read = state.read(torch.tensor([4, 2, 7]))["p"]
+    assert torch.equal(read, torch.tensor([[4.0], [9.5], [7.0]]))
+    read.add_(1)
+    assert torch.equal(start[7], torch.tensor([7.0]))
+
+
 def test_reading_gives_a_copy(state: ClientState) -> None:
     state.write(torch.tensor([1]), rows(1))
     for ids in ([1], [1, 4], [4]):

@@ -72,7 +72,8 @@ class Only(hs.schedules.Schedule):
     client: int = 0
 
     async def run(self, net: hs.schedules.Network, method: hs.methods.Method) -> None:
-        state = net.begin(method.init(net.problem))
-        for t in net.rounds():
-            state = method.step(state, await net.ask(torch.tensor([self.client]), "train", method.message(state)), t)
+        state, _ = net.begin(method.init(net.problem))
+        while net.going():
+            reply = await net.ask(torch.tensor([self.client]), "train", method.message(state))
+            state = method.step(state, reply, net.round)
             await net.commit(state)

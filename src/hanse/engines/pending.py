@@ -53,9 +53,9 @@ class Pending:
         self._next = 0
 
     def post(self, work: str, tensors: Tensors) -> int:
-        """The number of a message; the same again is the same message."""
+        """The number of a message; the same again is the same message, also where a resumed run holds a copy of it."""
         last = self.messages.get(self._next - 1)
-        if last is not None and last.work == work and all(last.tensors.get(n) is t for n, t in tensors.items()):
+        if last is not None and last.work == work and all(_equal(last.tensors.get(n), t) for n, t in tensors.items()):
             return self._next - 1
         self.messages[self._next] = Message(work, tensors)
         self._next += 1
@@ -160,6 +160,10 @@ class Pending:
             upload = Upload(own["clients"], own["weight"].to(device), sums, rows, senders, own["loss"].to(device))
             batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"])
             self.results.append(Result(int(own["lane"]), batch))
+
+
+def _equal(known: Tensor | None, t: Tensor) -> bool:
+    return known is t or (known is not None and torch.equal(known, t))
 
 
 def _rows(batch: Batch, rows: Tickets) -> Batch:

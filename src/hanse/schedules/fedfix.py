@@ -39,7 +39,7 @@ class fedfix(Schedule):
 
     async def run(self, net: Network, method: Method) -> None:
         state, notes = await start(net, method, unknown_periods(net.clients))
-        # Up to whole nanoseconds, as virtual time is kept: a job of k windows, rounded to the nearest one, has to fit into k windows.
+        # Up to whole nanoseconds, as virtual time is kept: a job of k windows, rounded to the nearest, has to fit into k of them.
         window = math.ceil(self.window * SECOND * (1 - 1e-12)) / SECOND
         while net.going():
             free = net.sample((self.cohort or net.clients) - len(net.out))

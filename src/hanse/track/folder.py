@@ -97,7 +97,14 @@ class Folder:
         """Write tensors so that the file is at every moment either the old or the new one."""
         from safetensors.torch import save
 
-        self.replace(name, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+        held: set[int] = set()  # a message that is still out shares its memory with the state it was made of, which a file cannot
+        apart = {}
+        for n, t in tensors.items():
+            t = t.detach().cpu().contiguous()
+            place = t.untyped_storage().data_ptr()
+            apart[n] = t.clone() if place in held else t
+            held.add(place)
+        self.replace(name, save(apart))
 
     def load(self, name: str = CHECKPOINT) -> dict[str, Tensor] | None:
         """The saved tensors, None if there are none yet; raises ``CheckpointError`` on a damaged file."""
