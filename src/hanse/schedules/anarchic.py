@@ -13,8 +13,8 @@ here all of it counts (our choice). For ``AFA_CS``, whose workers send differenc
 them is exactly the difference to the newest, so counting all is keeping the newest. A worker whose job takes no time at all
 contributes once a step.
 
-Where all who are about have contributed and only workers that are away could make up ``m``, the server steps with what it has;
-where nothing can come at all, the round stays empty.
+The server steps with fewer than ``m`` workers where nobody else is left: when all who are not away have contributed or failed to,
+or when there are ten times ``m`` contributions. Where nothing can come at all, the round stays empty.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from hanse.fleet.distributions import FINITE, FiniteAmount, constant
 from hanse.fleet.population import Population
 from hanse.methods.base import Method
 from hanse.schedules.network import Network, Schedule, start
+
+MOST = 10
+"""Contributions for each of the ``m`` places after which a step is taken with fewer workers."""
 
 
 class anarchic(Schedule):
@@ -62,10 +65,11 @@ class anarchic(Schedule):
         state, notes = await start(net, method, {"pausing": nobody, "jobs": nobody.long()})
         while net.going():
             pausing, jobs = notes["pausing"].clone(), notes["jobs"].clone()
-            while len(heard := np.unique(net.arrived["client"])) < m:
+            tried = torch.zeros_like(pausing)  # who has contributed or failed to
+            while len(np.unique(net.arrived["client"])) < m and len(net.arrived) < MOST * m:
                 here, away = _free(net, pausing)
-                if len(heard) and len(np.union1d(heard, away)) == net.clients:
-                    break  # all who are about have contributed
+                if bool(tried.any()) and bool(tried.index_fill(0, away, True).all()):
+                    break
                 if len(here):
                     net.send(here, "train", method.message(state), self._steps(net.streams, here, jobs[here]), self.patience)
                     jobs[here] += 1
@@ -73,6 +77,7 @@ class anarchic(Schedule):
                 events = await net.wait(anyone=len(away) > 0)
                 pausing[events.rested] = False
                 done = torch.from_numpy(np.concatenate([events.arrived["client"], events.lost["client"]]))
+                tried[done] = True
                 if len(done):
                     seconds = self._pauses(net, done, jobs[done])
                     pausing[done] = seconds > 0
