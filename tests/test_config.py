@@ -15,14 +15,16 @@ CHANGED = {
     "partition": "dirichlet(0.3)",
     "fleet": "phones",
     "method": ["FedAvg(lr=0.2)", "Scaffold"],
-    "schedule": "synchronous(cohort=3)",
+    "schedule": ["synchronous(cohort=3)", "fedbuff(buffer=2)"],
     "cohort": 5,
     "codec": "topk(0.2)",
     "engine": 'local(path="loop")',
     "rounds": 9,
+    "seconds": 12.5,
     "seed": [3, 4],
     "split_seed": 8,
     "evaluate": 0,
+    "evaluate_seconds": 2.5,
     "private": ["head.*", "BatchNorm2d"],
     "frozen": ["0.*"],
     "buffers": "private",
@@ -52,7 +54,10 @@ def test_any_text_survives_toml(tmp_path_factory: pytest.TempPathFactory, text: 
 
 
 def test_text_from_flags_means_the_same_as_toml() -> None:
-    flags = {n: v if n == "method" else " ".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in CHANGED.items()}
+    flags = {
+        n: v if n in ("method", "schedule") else " ".join(map(str, v)) if isinstance(v, list) else str(v)
+        for n, v in CHANGED.items()
+    }
     assert Settings.read(None, flags) == Settings.read(None, CHANGED)
     assert Settings.read(None, {"seed": "1, 2,3", "private": "a,b"}) == Settings.read(
         None, {"seed": [1, 2, 3], "private": ["a", "b"]}
@@ -81,6 +86,9 @@ def test_what_is_given_overrides_the_file(tmp_path: Path) -> None:
         ({"buffers": "shared"}, "buffers: 'shared' is not allowed: .*average"),
         ({"track": "paper"}, "track.0: 'paper' is not allowed: .*tensorboard"),
         ({"evaluate": -1}, "evaluate: -1 is not allowed"),
+        ({"seconds": 0}, "seconds: 0 is not allowed: .*greater than 0"),
+        ({"evaluate_seconds": "soon"}, "evaluate_seconds: 'soon' is not allowed"),
+        ({"schedule": []}, "schedule: .* is not allowed"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, object], message: str) -> None:
@@ -104,11 +112,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_parts_are_built_on_demand() -> None:
-    (one, two), schedule, codec, engine = Settings.read(None, CHANGED).parts()
-    assert [str(p) for p in (one, two, schedule, codec)] == [
+    rules, schedules, codec, engine = Settings.read(None, CHANGED).parts()
+    assert [str(p) for p in (*rules, *schedules, codec)] == [
         "FedAvg(lr=0.2)",
         "Scaffold",
         "synchronous(cohort=5)",
+        "fedbuff(buffer=2, cohort=5)",
         "topk(fraction=0.2)",
     ]
     assert engine.path == "loop"

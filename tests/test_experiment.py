@@ -81,9 +81,7 @@ def test_a_run_folder_holds_the_run(federation: hs.Federation, tmp_path: Path) -
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_settings_in_a_folder_rebuild_the_same_run(tmp_path: Path, seed: int) -> None:
-    federation = hs.Federation(
-        hs.tasks.digits(hidden=8), clients=9, partition=hs.dirichlet(0.7), fleet=hs.fleet.phones(), seed=2
-    )
+    federation = hs.Federation(hs.tasks.digits(hidden=8), clients=9, partition=hs.dirichlet(0.7), fleet=hs.fleet.phones(), seed=2)
     rule = hs.methods.FedProx(mu=0.3, lr=cosine(0.2, rounds=9), clip=1.5)
     run = go(federation, rule, out=tmp_path, seed=seed, codec=hs.codecs.topk(0.3))
     settings = Settings.read(None, Folder(tmp_path).read().settings)
@@ -265,7 +263,7 @@ def test_a_round_that_cannot_be_evaluated_is_not_saved(
             assert self.net is not None
             state.update({n: t.clone() for n, t in self.net.state.items()})
             if record["round"] == 3:  # finite weights whose outputs are not
-                self.net.method = self.net.method.model_copy(update={"lr": constant(1e35)})
+                self.net.executor.method = self.net.method.model_copy(update={"lr": constant(1e35)})
 
     spoil = Spoil(0)
     with pytest.raises(hs.DivergedError, match="test loss after round 4"):

@@ -8,7 +8,7 @@ import pytest
 import hanse as hs
 from hanse.config import Settings
 from hanse.core.errors import CheckpointError, ConfigError, MissingExtraError
-from hanse.study import Study, runs_in
+from hanse.study import Cell, Study, runs_in
 from hanse.track.folder import Folder
 
 SMALL = {"task": "digits(hidden=4)", "clients": 6, "cohort": 3, "rounds": 3, "engine": 'local("stacked", 3, 1, 1)'}
@@ -22,7 +22,7 @@ def test_a_folder_a_run(tmp_path: Path) -> None:
     made = study(tmp_path, method=["FedAvg", "FedProx(mu=0.1)", "FedProx(mu=1.0)"], seed=[0, 5])
     runs = made.run()
     names = ["fedavg-seed0", "fedprox-1-seed0", "fedprox-2-seed0", "fedavg-seed5", "fedprox-1-seed5", "fedprox-2-seed5"]
-    assert [p.name for _, _, p in made.cells()] == names
+    assert [cell.path.name for cell in made.cells()] == names
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == sorted(names)
     assert [(r.method, r.seed) for r in runs] == [
         ("FedAvg", 0),
@@ -66,10 +66,10 @@ def test_finished_runs_are_read_and_the_others_go_on(tmp_path: Path, monkeypatch
     made = study(tmp_path / "half", **values)
     run_one = made._run_one
 
-    def interrupted(method: hs.methods.Method, seed: int, path: Path, *rest: object) -> hs.Run:
-        if path.name == "scaffold-seed0":
+    def interrupted(cell: Cell, *rest: object) -> hs.Run:
+        if cell.path.name == "scaffold-seed0":
             made.interrupt()
-        return run_one(method, seed, path, *rest)  # type: ignore[arg-type]
+        return run_one(cell, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(made, "_run_one", interrupted)
     made.run()

@@ -225,7 +225,7 @@ def run(
             recorder.save(net)
     except DivergedError:
         recorded = 0 < net.round == len(result.history)  # else the model of this round is what went wrong
-        if folder is not None and recorded and bool(torch.isfinite(net.state["x"]).all()):
+        if folder is not None and recorded and net.take_back() and bool(torch.isfinite(net.state["x"]).all()):
             recorder.save(net)
         raise
     finally:

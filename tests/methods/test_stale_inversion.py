@@ -286,16 +286,24 @@ def test_an_update_that_is_not_reached_stays_raw(linear):
         assert torch.equal(found["x"], x + delta[0]) and len(found["past.client"]) == 0 and int(found["inversions"]) == 1
 
 
-def test_each_model_is_unrolled_at_its_own_rate(slow, heard):
-    """With exact D_rec in hand, a decaying rate must be that of the old model to cost nothing, that of the new one to convert."""
-    rule = Overheard(lr=exponential(0.3, 0.5), n_it=1)
-    delayed(slow, rule, 5)
-    round, reply = next((r, reply) for r, reply in heard if int(reply.versions.min()) < r)
-    i = int(reply.versions.argmin())
-    start, version = reply.starts[int(reply.versions[i])]["x"], int(reply.versions[i])
-    x, labels = as_data(slow, int(reply.clients[i]))
-    assert round - version == 2
-    close(local_update(slow.problem, start[None], x, labels.softmax(-1), rule.lr.at(version), 5)[0] - start, reply.rows["delta"][i])
+def test_each_model_is_unrolled_at_its_own_rate(linear):
+    """The search at the rate of the client's version, the conversions at those of this round and of the next."""
+    truth, seen = (randn(1, 4, 8), randn(1, 4, 4)), []
+
+    class Told(StaleInversion):
+        abstract: ClassVar[bool] = True
+
+        def invert(self, problem, start, delta, x, labels, rate, n_it):
+            seen.append((start, float(rate), n_it))
+            return *truth, torch.tensor([[1.0], [0.0]]).double()
+
+    rule, x = Told(lr=exponential(0.4, 0.5), steps=2), randn(36)
+    found = rule.step(rule.init(linear) | {"x": x}, replied(linear, updates(linear, 1)[1], [1], randn(36, seed=5)), 3)
+    assert seen[0][1:] == (0.2, 500) and torch.equal(seen[0][0][0], randn(36, seed=5))
+    for w, version, lr in ((x, 3, 0.05), (found["x"], 4, 0.025)):
+        hat = local_update(linear, w[None], truth[0], truth[1].softmax(-1), lr, 2) - w
+        close(found["past.hat"][found["past.version"] == version], hat)
+    close(found["x"], x + found["past.hat"][0])
 
 
 # ---- back to raw updates

@@ -68,7 +68,11 @@ class Seen:
 
 
 def watch(
-    federation: hs.Federation, schedule: hs.schedules.Schedule, rule: hs.methods.Method | None = None, rounds: int = 10, **engine: Any
+    federation: hs.Federation,
+    schedule: hs.schedules.Schedule,
+    rule: hs.methods.Method | None = None,
+    rounds: int = 10,
+    **engine: Any,
 ) -> Seen:
     """A run in one fixed arrangement without shortcuts, so that equal formulas give equal bits."""
     path = "vmap" if isinstance(federation.task, hs.tasks.quadratics) else "stacked"

@@ -27,7 +27,9 @@ def test_over_selection_takes_exactly_the_first_ones_to_arrive():
     assert record["bytes_up"] / 15 == watch(bowls(), synchronous(cohort=10), rounds=1).records[-1]["bytes_up"] / 10
 
 
-@pytest.mark.parametrize(("cohort", "over", "asked"), [(5, 0.0, 5), (5, 0.1, 6), (5, 0.2, 6), (5, 0.25, 7), (10, 0.1, 11), (5, 9.0, 12)])
+@pytest.mark.parametrize(
+    ("cohort", "over", "asked"), [(5, 0.0, 5), (5, 0.1, 6), (5, 0.2, 6), (5, 0.25, 7), (10, 0.1, 11), (5, 9.0, 12)]
+)
 def test_so_many_more_are_asked(cohort, over, asked):
     """cohort (1 + over), rounded up but for what the product is rounded by, and at most everybody, who are twelve."""
     seen = watch(bowls(clients=12), synchronous(cohort=cohort, over=over), rounds=2)

@@ -31,6 +31,8 @@ SCHEDULES = {
     "fedasync": "fedasync",
     "unbiased": "fedasync(weights='unbiased')",
     "fedfix": "fedfix(window=0.7)",
+    "fedcompass": "fedcompass(q_min=2, q_max=8)",
+    "anarchic": "anarchic(m=2, pause=0.5)",
 
 
 }

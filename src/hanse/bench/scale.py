@@ -1,10 +1,14 @@
-"""A million registered clients: ``python -m hanse.bench.scale`` prints what building and running them costs as a JSON line."""
+"""A million registered clients: ``python -m hanse.bench.scale`` prints what building and running them costs as a JSON line.
+
+``python -m hanse.bench.scale asynchronous 10000`` (or any number of clients) does so without a barrier, a thousand at work.
+"""
 
 from __future__ import annotations
 
 import json
 import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -17,20 +21,24 @@ from hanse.data.task import Dataset, Task
 from hanse.engines import local
 from hanse.experiment import run
 from hanse.federation import Federation
+from hanse.fleet import bernoulli, devices, lognormal
 from hanse.methods import FedAvg
-from hanse.schedules import synchronous
+from hanse.schedules import fedbuff, synchronous
 
 CLIENTS, SAMPLES, COHORT = 1_000_000, 20, 1_000
 
 
 class many(Task):
-    """Twenty samples of 64 numbers for each of a million clients: one array of 5 GB would hide what is measured, so rows repeat."""
+    """Twenty samples of 64 numbers for each of very many clients: one array of 5 GB would hide what is measured, so rows repeat."""
+
+    clients: int = CLIENTS
+    """Number of clients."""
 
     def data(self, streams: Streams) -> Dataset:
         x = torch.randn(200_000, 64, generator=streams.torch("workload"))
         y = torch.randint(10, (200_000,), generator=streams.torch("labels"))
-        spread = x[:1].expand(CLIENTS * SAMPLES, 64)
-        labels = y[:1].expand(CLIENTS * SAMPLES)
+        spread = x[:1].expand(self.clients * SAMPLES, 64)
+        labels = y[:1].expand(self.clients * SAMPLES)
         return Dataset(spread, labels, x[:2000], y[:2000], labels, tuple("0123456789"))
 
     def model(self) -> nn.Module:
@@ -74,5 +82,19 @@ def measure(rounds: int = 1000) -> dict[str, float]:
     }
 
 
+def asynchronous(clients: int, updates: int = 10_000) -> dict[str, float]:
+    """Milliseconds an update, a thousand clients at work on unequal devices that come and go, and growth of the peak in MB."""
+    fleet = devices(job=lognormal(10, 0.5), up=5, trace=bernoulli(0.5, slot=60))
+    fed = Federation(many(clients), clients, in_order(test=0), fleet)
+    assert fed.problem and fed.split
+    before, clock, buffer = resident(), Clock(), COHORT // 10
+    engine = local(path="stacked", chunk=500, workers=1, threads=2)
+    rule = FedAvg(lr=0.1, batch=SAMPLES, shuffle=False)
+    run(fed, rule, fedbuff(buffer, COHORT), rounds=updates // buffer, evaluate=0, writers=[clock], engine=engine)
+    ten = len(clock.times) // 10
+    spent, done = clock.times[-2] - clock.times[ten], clock.updates[-2] - clock.updates[ten]
+    return {"clients": clients, "update_ms": 1000 * spent / done, "growth_mb": resident() - before}
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(asynchronous(int(sys.argv[2])) if sys.argv[1:2] == ["asynchronous"] else measure()))

@@ -26,7 +26,7 @@ from hanse.core.state import ClientState
 from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
 from hanse.engines.execution import Executor, Lane, Orders, joined
-from hanse.engines.pending import Collected, Pending
+from hanse.engines.pending import Collected, Message, Pending
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, Clock, Events, Jobs
 from hanse.fleet.profiles import Work
@@ -136,6 +136,7 @@ class LocalNetwork:
         self.notes: Tensors = {}
         self.stopping = False
         self._draws = 0
+        self._mark()
         self._back = np.full(self.clients, -math.inf)
 
     def _client_state(self) -> ClientState:
@@ -221,6 +222,7 @@ class LocalNetwork:
         self.pending.remember(self.arrived["ticket"][np.isin(self.arrived["client"], who)], self.kept)
         number = self.pending.post(work, message)
         jobs = self.clock.send(clients, self.round, keys, number, wire_size(message), task, patience)
+        self._sent.append((who, self.keys[who]))
         self.keys[who] = keys
         return jobs
 
@@ -274,7 +276,22 @@ class LocalNetwork:
     async def commit(self, state: State, notes: Tensors | None = None) -> None:
         self.round, self.state, self.notes, self._draws = self.round + 1, state, notes or {}, 0
         self.pending.forget(self.clock)
+        self._mark()
         self.on_commit(self)
+
+    def _mark(self) -> None:
+        self._committed, self._sent = (self.clock.snapshot(), dict(self.pending.messages)), list[tuple[np.ndarray, np.ndarray]]()
+
+    def take_back(self) -> bool:
+        """Undo a round that failed, so that a snapshot is that of the last commit; False where it has collected replies before."""
+        clock, messages = self._committed
+        self.clock.restore(clock)
+        for who, keys in reversed(self._sent):
+            self.keys[who] = keys
+        self.pending.messages = messages
+        self.pending.drop(self.clock.out["ticket"][self.clock.out["known"] == 0])
+        self.pending.forget(self.clock)
+        return self.pending.covers(self.clock)
 
     # ---- execution
 
@@ -381,3 +398,4 @@ class LocalNetwork:
         self.taken, self.keys = saved["taken"].clone(), saved["keys"].numpy().copy()
         self.round, self.updates = map(int, saved["counters"])
         self.loss = float(saved["loss"])
+        self._mark()

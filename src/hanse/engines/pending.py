@@ -18,6 +18,10 @@ from hanse.fleet.clock import Clock
 Tickets = NDArray[np.int64]
 
 
+GONE = -1
+"""Instead of its number: a job whose result has been taken."""
+
+
 class Message(NamedTuple):
     """What was sent: the rule's ``work``, and the tensors it is done from."""
 
@@ -96,16 +100,21 @@ class Pending:
             scales.append(scale[mine].to(batch.upload.weight))
             for name, values in batch.upload.sums.items():
                 add(scaled.setdefault(result.lane, {}), name, batch.upload.weight * scales[-1], values)
-        self._drop(tickets)
+        self.drop(tickets)
         lanes = sorted(found)
         return Collected([found[i] for i in lanes], [scaled[i] for i in lanes if scaled], torch.cat(scales) if scales else None)
 
-    def _drop(self, tickets: Tickets) -> None:
+    def drop(self, tickets: Tickets) -> None:
+        """Remove the results of ``tickets``."""
         kept = []
         for result in self.results:
-            rows = np.flatnonzero(~np.isin(result.batch.tickets.numpy(), tickets))
-            if len(rows):  # a copy of the rest, so that one slow client does not hold a whole batch in memory
-                kept.append(Result(result.lane, _rows(result.batch, rows)))
+            held = result.batch.tickets.numpy()
+            held[np.isin(held, tickets)] = GONE
+            left = np.flatnonzero(held != GONE)
+            if len(left) > len(held) // 2:
+                kept.append(result)
+            elif len(left):  # a copy of the rest, so that one slow client does not hold a whole batch in memory
+                kept.append(Result(result.lane, _rows(result.batch, left)))
         self.results = kept
 
     def forget(self, clock: Clock) -> None:
@@ -114,9 +123,17 @@ class Pending:
         self.messages = {i: m for i, m in self.messages.items() if i in used}
         there = np.concatenate([clock.out["ticket"], clock.arrived["ticket"]])
         known = np.concatenate([r.batch.tickets.numpy() for r in self.results]) if self.results else there
-        gone = known[~np.isin(known, there)]
+        gone = known[(known != GONE) & ~np.isin(known, there)]
         if len(gone):
-            self._drop(gone)
+            self.drop(gone)
+
+    def covers(self, clock: Clock) -> bool:
+        """Whether all is there that the jobs of ``clock`` refer to."""
+        jobs = np.concatenate([clock.out, clock.arrived])
+        held = [t for r in self.results for t in r.batch.tickets.tolist()]
+        return self.messages.keys() >= set(jobs["message"].tolist()) and bool(
+            np.isin(jobs["ticket"][jobs["known"] != 0], held).all()
+        )
 
     def snapshot(self) -> Tensors:
         """Named tensors from which ``restore`` brings everything back."""
@@ -136,9 +153,7 @@ class Pending:
             self._restore(saved, device)
         except (KeyError, ValueError):
             raise CheckpointError("the checkpoint's work under way cannot be read") from None
-        jobs = np.concatenate([clock.out, clock.arrived])
-        held = [t for r in self.results for t in r.batch.tickets.tolist()]
-        if not self.messages.keys() >= set(jobs["message"].tolist()) or not np.isin(jobs["ticket"][jobs["known"] != 0], held).all():
+        if not self.covers(clock):
             raise CheckpointError("the checkpoint's work under way is not complete")
 
     def _restore(self, saved: Tensors, device: torch.device) -> None:

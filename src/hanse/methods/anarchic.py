@@ -9,9 +9,9 @@ Yang, Zhang, Khanduri, Liu: "Anarchic Federated Learning", ICML 2022 (PMLR 162, 
 
 G_i is divided by the number of local steps, so that workers who work longer do not pull the average further their way. AFA-CD
 averages what arrives and therefore minimises an objective in which frequent workers count more. AFA-CS averages the newest
-contribution of each of all M workers, however long ago that was: Gbar is the mean of all A_i at any time, its limit is the
-minimiser of the uniform mean. Under a schedule with a barrier it is MIFA (Gu, Huang, Zhang, Huang, NeurIPS 2021, arXiv 2106.04159)
-started from zeros.
+contribution of each of all M workers, however long ago that was: Gbar is the mean of all A_i at any time, and its limit is the
+minimiser of the uniform mean (with weights "samples" all averages are weighted). Where rounds have a barrier and all take K steps
+it is ``MIFA`` with eta = lr K.
 
 A_i is kept by the worker, which sends the difference, so the server holds two vectors instead of M + 1 (our choice). As long as
 some workers have never reported, their zeros damp the step (our choice). Where a schedule counts a contribution less, AFA-CD
@@ -61,8 +61,6 @@ class AFA_CS(AFA_CD):
     """Averages the newest normalised gradient of every worker (cross-silo)."""
 
     keeps: ClassVar[tuple[str, ...]] = ("a",)
-    weights: Literal["uniform"] = "uniform"
-    """Always uniform."""
 
     def init(self, problem: Problem) -> State:
         state = super().init(problem)
@@ -75,5 +73,5 @@ class AFA_CS(AFA_CD):
         return ctx.upload(self.weigh(ctx), change=change)
 
     def step(self, state: State, reply: Reply, round: int) -> State:
-        gradient = state["gradient"] + reply.sums["change"] / reply.population
+        gradient = state["gradient"] + reply.sums["change"] / reply.everyone
         return {**self.move(state, reply, -gradient), "gradient": gradient}

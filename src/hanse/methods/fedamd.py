@@ -17,8 +17,9 @@ Our choices: clients shuffle (in the authors' code miners see the same batches i
 start has v_m = 0 until it first is an anchor, and counts so in vbar. Batch norm is refused: the paper fixes its statistics, because
 gradients are compared that must differ by the weights alone.
 
-Sent: down x and vbar (2P; with ``period`` also this round's p), up Delta_m or q_m (P). Kept: v_m (P) at the clients, vbar at the
-server. Two gradients a step but the first, where they cancel; virtual time counts two in every step, and an anchor like a miner.
+Sent: down x and vbar (2P; with ``period`` also this round's p), up Delta_m or q_m (P), at the start v_m. Kept: v_m (P) at the
+clients, vbar at the server. Two gradients a step but the first, where they cancel; virtual time counts two in every step, and
+anchors and the start like miners.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from hanse.methods.fedavg import FedAvg
 
 
 def anchor_probability(clients: int, cohort: int) -> float:
-    """The p that the authors' EMNIST script takes for ``cohort`` of ``clients`` a round: between 0.44 and 0.5.
+    """One of the authors' three ways to choose p (their EMNIST script), for ``cohort`` of ``clients`` a round: in [0.44, 0.5).
 
-    With r = clients / cohort it is sqrt(4 r^2 + 2 r) - 2 r.
+    It is sqrt(4 r^2 + 2 r) - 2 r with r = clients / cohort.
     """
     r = clients / cohort
     return math.sqrt(4 * r * r + 2 * r) - 2 * r

@@ -16,8 +16,8 @@ from hanse.reproduce.base import Findings, Property, save, tables
 
 __all__ = ["SLUGS", "Findings", "Property", "run"]
 
-SLUGS = ("fedamd", "fedau", "fedspeed", "momentum")
-"""What there is to reproduce, by the name of its file."""
+SLUGS = ("fedamd", "fedau", "fedspeed", "momentum", "stale-inversion")
+"""What there is to reproduce, by the name of its file, in which ``-`` is ``_``."""
 
 
 def run(slugs: Sequence[str], out: Path, console: Console | None = None) -> bool:
@@ -32,7 +32,7 @@ def run(slugs: Sequence[str], out: Path, console: Console | None = None) -> bool
     held = True
     for slug in slugs:
         with console.status(f"{slug}: one or two minutes"):
-            findings: Findings = import_module(f"hanse.reproduce.{slug}").reproduce()
+            findings: Findings = import_module(f"hanse.reproduce.{slug.replace('-', '_')}").reproduce()
         for table in tables(findings):
             console.print(table)
         save(findings, out / slug)
