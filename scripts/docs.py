@@ -141,7 +141,7 @@ def field_table(fields: dict[str, FieldInfo]) -> str:
     for name, field in fields.items():
         default = field.get_default(call_default_factory=True)
         texts = [str(value) for value in default] if isinstance(default, tuple) else [str(default)]
-        shown = f"`{', '.join(texts)}`" if any(texts) else ""
+        shown = "required" if field.is_required() else f"`{', '.join(texts)}`" if any(texts) else ""
         rows.append(
             [f"`{name}`", allowed(field.annotation, field.metadata), shown, prose(field.description or "").replace("\n", " ")]
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from hanse import aggregators, codecs, data, engines, fleet, methods, schedules
 from hanse.core.optim import Optimizer, Rate
 from hanse.core.part import Part
@@ -37,6 +39,11 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
 def fields(part: type[Part]) -> list[dict[str, str]]:
     """Name, default and meaning of every field."""
     return [
-        {"name": name, "default": str(f.get_default(call_default_factory=True)), "text": " ".join((f.description or "").split())}
-        for name, f in part.model_fields.items()
+        {"name": name, "default": default(field), "text": " ".join((field.description or "").split())}
+        for name, field in part.model_fields.items()
     ]
+
+
+def default(field: FieldInfo) -> str:
+    """A field's default as text."""
+    return "required" if field.is_required() else str(field.get_default(call_default_factory=True))

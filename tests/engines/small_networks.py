@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Coroutine
+from typing import Any, ClassVar, TypeVar
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import hanse as hs
 from hanse.core.messages import Reply
 from hanse.engines.local import LocalNetwork
+
+
+T = TypeVar("T")
 
 
 class normed(hs.tasks.digits):
@@ -53,12 +56,16 @@ def network(
 
 def ask(net: LocalNetwork, ids: Tensor, message: dict[str, Tensor] | None = None) -> Reply:
     """One exchange, outside any schedule."""
-    coroutine = net.ask(ids, "train", message or net.method.message(net.begin(net.method.init(net.problem))[0]))
+    return at_once(net.ask(ids, "train", message or net.method.message(net.begin(net.method.init(net.problem))[0])))
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What an awaitable of the local engine brings."""
     try:
         coroutine.send(None)
     except StopIteration as end:
-        reply: Reply = end.value
-        return reply
+        found: T = end.value
+        return found
     raise AssertionError("the local engine answers at once")
 
 
@@ -68,9 +75,7 @@ def rounds(net: LocalNetwork, n: int, cohort: int = 5) -> dict[str, Tensor]:
     for _ in range(n):
         t, ids = net.round, net.sample(cohort)
         state = net.method.step(state, ask(net, ids, net.method.message(state)), t)
-        done = net.commit(state)
-        with pytest.raises(StopIteration):
-            done.send(None)
+        at_once(net.commit(state))
     return state
 
 

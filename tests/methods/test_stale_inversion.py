@@ -238,6 +238,15 @@ def test_unique_is_farther_than_the_fresh_ones_are_from_one_another():
     assert unique(delta, torch.arange(6) < 3)[3:].tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize(("degrees", "far"), [(15, False), (18, False), (19, True)])
+def test_the_threshold_is_the_mean_and_a_standard_deviation(degrees, far):
+    """Fresh updates at 0, 10 and 20 degrees are 1 - cos 10, 1 - cos 10 and 1 - cos 20 apart: mean 0.0302, deviation 0.0213, so
+    the threshold is reached between 18 and 19 degrees from the nearest.
+    """
+    angle = torch.deg2rad(torch.tensor([0.0, 10, 20, 20 + degrees], dtype=torch.float64))
+    assert bool(unique(torch.stack([angle.cos(), angle.sin()], 1), torch.arange(4) < 3)[3]) is far
+
+
 def test_with_fewer_than_two_fresh_updates_all_are_unique():
     assert unique(torch.ones(3, 2), torch.tensor([True, False, False])).all()
     assert unique(torch.ones(3, 2), torch.zeros(3, dtype=torch.bool)).all()
@@ -297,7 +306,7 @@ def test_each_model_is_unrolled_at_its_own_rate(linear):
             seen.append((start, float(rate), n_it))
             return *truth, torch.tensor([[1.0], [0.0]]).double()
 
-    rule, x = Told(lr=exponential(0.4, 0.5), steps=2), randn(36)
+    rule, x = Told(lr=exponential(0.4, 0.5), steps=2, n_rec=4), randn(36)
     found = rule.step(rule.init(linear) | {"x": x}, replied(linear, updates(linear, 1)[1], [1], randn(36, seed=5)), 3)
     assert seen[0][1:] == (0.2, 500) and torch.equal(seen[0][0][0], randn(36, seed=5))
     for w, version, lr in ((x, 3, 0.05), (found["x"], 4, 0.025)):

@@ -150,14 +150,11 @@ def test_a_client_that_delivers_every_so_many_rounds_has_that_period(period, fir
 
 
 def test_unequal_gaps_are_averaged_with_a_weight_of_a_tenth_for_the_new_one():
-    notes, i = unknown_periods(1), torch.tensor([0])
-    expected = 0.0
-    for k, n in enumerate([3, 4, 9, 11, 30]):
-        gap = n + 1 if k == 0 else n - before
-        expected = gap if k == 0 else 0.9 * expected + 0.1 * gap
+    notes, i, expected = unknown_periods(1), torch.tensor([0]), 4.0
+    for n, gap in ((3, None), (4, 1), (9, 5), (11, 2), (30, 19)):
+        expected = expected if gap is None else 0.9 * expected + 0.1 * gap
         notes, found = measured(notes, i, torch.tensor([0]), n)
         assert float(found) == pytest.approx(expected, abs=1e-12)
-        before = n
 
 
 def test_two_deliveries_at_once_share_their_gap():

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
@@ -313,7 +314,7 @@ class LocalNetwork:
         tensors, place = [m.tensors for m in messages], torch.from_numpy(which)
         orders = Orders(messages[0].work, tensors, tickets, clients, keys, versions, steps, place)
         if self.arrangement is None:
-            self.arrangement = fastest(self, orders)
+            self.arrangement = fastest(self, replace(orders, work="train"))  # an opening is over at once
             self.engine = local(**{**dict(self.engine), **self.arrangement._asdict()})
         lanes = self.executor.run(orders, self.arrangement, total)
         batches = [batch for lane in lanes for batch in lane.batches]

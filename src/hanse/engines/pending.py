@@ -85,7 +85,8 @@ class Pending:
         """Remove and add up the results of ``tickets``; ``scale`` ``[len(tickets)]`` in their order."""
         found: dict[int, Lane] = {}
         scaled: dict[int, Tensors] = {}
-        scales, order = [], np.argsort(tickets)
+        scales: dict[int, list[Tensor]] = {}
+        order = np.argsort(tickets)
         for result in self.results:
             rows = result.rows(tickets)
             if not len(rows):
@@ -97,12 +98,14 @@ class Pending:
             if scale is None:
                 continue
             mine = order[np.searchsorted(tickets, batch.tickets.numpy(), sorter=order)]
-            scales.append(scale[mine].to(batch.upload.weight))
+            own = scale[mine].to(batch.upload.weight)
+            scales.setdefault(result.lane, []).append(own)
             for name, values in batch.upload.sums.items():
-                add(scaled.setdefault(result.lane, {}), name, batch.upload.weight * scales[-1], values)
+                add(scaled.setdefault(result.lane, {}), name, batch.upload.weight * own, values)
         self.drop(tickets)
         lanes = sorted(found)
-        return Collected([found[i] for i in lanes], [scaled[i] for i in lanes if scaled], torch.cat(scales) if scales else None)
+        each = [own for i in lanes for own in scales.get(i, [])]  # in the order of the clients, which is that of the lanes
+        return Collected([found[i] for i in lanes], [scaled[i] for i in lanes if scaled], torch.cat(each) if each else None)
 
     def drop(self, tickets: Tickets) -> None:
         """Remove the results of ``tickets``."""

@@ -148,7 +148,7 @@ class StaleInversion(RowByRow):
         assert problem is not None
         x, labels, cost = self._inverted(state, problem, starts(reply, versions), raw, clients, versions)
         now = self._update(problem, state["x"], x, labels, round)
-        good = cost[1].isfinite() & (cost[1] < cost[0]) & now.isfinite().all(1)
+        good = (cost[1] < cost[0]) & now.isfinite().all(1)  # what is not a number is not less
         hat = delta.clone()
         hat[which] = torch.where(good[:, None], g * now + (1 - g) * raw, raw)
         moved = self.move(state, reply, self.average(reply, hat))
