@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import killed_run
 import pytest
@@ -168,6 +169,112 @@ def test_the_arrangement_of_a_resumed_run_is_the_one_it_began_with(
     monkeypatch.setenv("HANSE_CACHE", str(tmp_path / "other"))
     assert hs.resume(tmp_path / "run").notes["arrangement"] == half.notes["arrangement"]
     assert not (tmp_path / "other").exists()
+
+
+# ---- work under way
+
+
+UNEVEN = hs.fleet.devices(
+    job="exponential(1.0)", latency=0.05, up=0.5, loss=0.15, duplicates=0.1, trace="bernoulli(0.8, slot=1.5, lost=True)"
+)
+FLOWS = {
+    "fedbuff": "fedbuff(buffer=3, cohort=6, patience=4.0)",
+    "unbiased": "fedbuff(buffer=3, weights='unbiased')",
+    "fedfix": "fedfix(window=0.8, patience=3.0)",
+    "fedasync": "fedasync(patience=4.0)",
+    "deadline": "synchronous(cohort=4, over=0.5, deadline=1.5, least=1)",
+}
+WORK: dict[str, tuple[hs.methods.Method, hs.codecs.Codec]] = {
+    "FedAvg": (hs.methods.FedAvg(lr="exponential(0.2, 0.9)"), hs.codecs.identity()),
+    "Scaffold": (hs.methods.Scaffold(), hs.codecs.identity()),
+    "top-k": (hs.methods.Scaffold(), hs.codecs.topk(0.2)),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven() -> hs.Federation:
+    return hs.Federation(hs.tasks.digits(hidden=4), clients=12, partition=hs.dirichlet(0.3), fleet=UNEVEN)
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_run_with_work_under_way_goes_on_to_the_same_end(uneven: hs.Federation, tmp_path: Path, flow: str, work: str) -> None:
+    """Stopped at four different rounds and resumed: weights, history with times and bytes, and the whole last checkpoint."""
+    rule, codec = WORK[work]
+    schedule = hs.schedules.Schedule.parse(FLOWS[flow])
+
+    def go_on(out: Path, **options: Any) -> Run:
+        return hs.run(uneven, rule, schedule, rounds=12, codec=codec, engine=ENGINE, evaluate=3, out=out, **options)
+
+    expected = go_on(tmp_path / "whole")
+    end = Folder(tmp_path / "whole").load()
+    under_way = 0
+    for after in (1, 4, 7, 11):
+        stop, out = Stop(after), tmp_path / str(after)
+        assert len(go_on(out, writers=[stop], on_start=stop.start).history) == after
+        saved = Folder(out).load()
+        assert saved is not None and end is not None
+        under_way += len(saved["clock.out"]) + len(saved["clock.arrived"])
+        assert same(hs.resume(out), expected)
+        last = Folder(out).load()
+        assert last is not None and last.keys() == end.keys()
+        assert all(torch.equal(last[n].nan_to_num(-1), t.nan_to_num(-1)) for n, t in end.items())
+    assert under_way > 0 or flow == "deadline"
+    assert expected.history[-1]["seconds"] > 0 and expected.history[-1]["updates"] > 0
+
+
+def test_a_run_that_is_stopped_in_every_round_comes_to_the_same_end(uneven: hs.Federation, tmp_path: Path) -> None:
+    rule, schedule = hs.methods.Scaffold(), hs.schedules.Schedule.parse(FLOWS["fedbuff"])
+    expected = hs.run(uneven, rule, schedule, rounds=6, engine=ENGINE)
+    stop = Stop(1)
+    hs.run(uneven, rule, schedule, rounds=6, engine=ENGINE, out=tmp_path, writers=[stop], on_start=stop.start)
+    for after in range(2, 6):
+        stop = Stop(after)
+        settings = Settings.read(None, Folder(tmp_path).read().settings)
+        hs.run(
+            uneven,
+            rule,
+            schedule,
+            rounds=settings.rounds,
+            engine=ENGINE,
+            out=tmp_path,
+            writers=[stop],
+            on_start=stop.start,
+            resume=True,
+        )
+    assert same(hs.resume(tmp_path), expected)
+
+
+# ---- virtual time
+
+
+def test_a_run_ends_when_its_time_is_over(uneven: hs.Federation, tmp_path: Path) -> None:
+    """With the first round that is not over before; it is the last one, so it is evaluated, and saved as the end."""
+    rule, schedule = hs.methods.FedAvg(), hs.schedules.Schedule.parse(FLOWS["fedbuff"])
+    longer = hs.run(uneven, rule, schedule, rounds=12, engine=ENGINE, evaluate=0)
+    times = [record["seconds"] for record in longer.history]
+    limit = (times[4] + times[5]) / 2
+    run = hs.run(uneven, rule, schedule, rounds=12, seconds=limit, engine=ENGINE, evaluate=0, out=tmp_path)
+    assert [record["seconds"] for record in run.history] == times[:6]
+    assert [bool(record["metrics"]) for record in run.history] == [False] * 5 + [True]
+    assert run.settings["seconds"] == str(limit) and Folder(tmp_path).complete()
+    assert same(hs.resume(tmp_path), run)
+
+
+def test_a_run_stopped_before_its_time_goes_on_until_then(uneven: hs.Federation, tmp_path: Path) -> None:
+    rule, schedule, options = hs.methods.FedAvg(), hs.schedules.Schedule.parse(FLOWS["fedfix"]), {"seconds": 5.0, "rounds": 100}
+    expected, stop = hs.run(uneven, rule, schedule, engine=ENGINE, **options), Stop(3)  # type: ignore[arg-type]
+    hs.run(uneven, rule, schedule, engine=ENGINE, out=tmp_path, writers=[stop], on_start=stop.start, **options)  # type: ignore[arg-type]
+    assert not Folder(tmp_path).complete() and same(hs.resume(tmp_path), expected)
+    assert expected.history[-2]["seconds"] < 5.0 <= expected.history[-1]["seconds"] and len(expected.history) < 100
+
+
+def test_whichever_comes_first_ends_a_run(federation: hs.Federation, uneven: hs.Federation) -> None:
+    schedule = hs.schedules.Schedule.parse(FLOWS["fedasync"])
+    assert len(hs.run(uneven, hs.methods.FedAvg(), schedule, rounds=3, seconds=1e9, engine=ENGINE).history) == 3
+    assert len(go(federation, rounds=3, seconds=1.0).history) == 3  # time stands still on an ideal fleet
+    with pytest.raises(hs.ConfigError, match="seconds: '0' is not allowed"):
+        go(federation, seconds=0)
 
 
 # ---- kill -9

@@ -12,7 +12,6 @@ import hanse as hs
 from hanse.core.messages import Reply
 from hanse.engines.local import LocalNetwork
 
-
 T = TypeVar("T")
 
 

@@ -27,7 +27,7 @@ from hanse.core.state import ClientState
 from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
 from hanse.engines.execution import Executor, Lane, Orders, joined
-from hanse.engines.pending import Collected, Message, Pending
+from hanse.engines.pending import Collected, Pending
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, Clock, Events, Jobs
 from hanse.fleet.profiles import Work
@@ -233,9 +233,9 @@ class LocalNetwork:
         return (vectors * self.problem.layout.size + sum(self.kept.widths.values())) * self.problem.start.element_size()
 
     async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
-        if anyone:
-            until = min(until, self._somebody_back())
-        return self.clock.advance(replies, until, self._execute_all)
+        sooner = min(until, self._somebody_back()) if anyone else until
+        events = self.clock.advance(replies, sooner, self._execute_all)
+        return events if sooner == until else events._replace(due=False)
 
     def _somebody_back(self) -> float:
         """When the next client that is away comes back; of very many clients, some are asked."""
@@ -289,9 +289,7 @@ class LocalNetwork:
         self.clock.restore(clock)
         for who, keys in reversed(self._sent):
             self.keys[who] = keys
-        self.pending.messages = messages
-        self.pending.drop(self.clock.out["ticket"][self.clock.out["known"] == 0])
-        self.pending.forget(self.clock)
+        self.pending.take_back(messages, self.clock)
         return self.pending.covers(self.clock)
 
     # ---- execution

@@ -130,6 +130,12 @@ class Pending:
         if len(gone):
             self.drop(gone)
 
+    def take_back(self, messages: dict[int, Message], clock: Clock) -> None:
+        """Back to when these were the messages, and ``clock`` had its jobs; later results are dropped, to be executed again."""
+        self.messages, self._next = messages, max(messages, default=-1) + 1
+        self.drop(clock.out["ticket"][clock.out["known"] == 0])
+        self.forget(clock)
+
     def covers(self, clock: Clock) -> bool:
         """Whether all is there that the jobs of ``clock`` refer to."""
         jobs = np.concatenate([clock.out, clock.arrived])

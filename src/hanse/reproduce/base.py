@@ -173,7 +173,7 @@ def follow(
             writers=[watcher],
             on_start=watcher.start,
         )
-    return Scored(*torch.tensor(watcher.found, dtype=torch.float64).reshape(-1, 3).unbind(1))
+    return Scored(*torch.tensor(watcher.found, dtype=torch.float64).reshape(-1, 3).t().contiguous())
 
 
 def scores(

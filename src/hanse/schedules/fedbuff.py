@@ -10,6 +10,7 @@ arXiv 2106.06639, and Xie, Koyejo, Gupta: "Asynchronous Federated Optimization",
 FedAsync is c = 1, with alpha s(u) instead of s(u). Its original step moves towards the client's model instead of along its
 displacement: that is the method ``FedAsync``. ``weights = "unbiased"`` counts each client by how rarely it delivers
 (see ``periods``) instead of by its staleness; the two contradict each other. Replies of the same instant are taken together.
+Clients whose rule weighs them by their samples are averaged in the buffer by these; c is then the sum of the weights.
 """
 
 from __future__ import annotations

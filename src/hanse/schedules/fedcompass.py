@@ -17,8 +17,9 @@ Heterogeneous Client Devices Using a Computing Power Aware Scheduler", ICLR 2024
 
 p_i is the rule's importance, w_i / sum_j w_j over all clients: 1/m with uniform weights. Sent: what the rule sends, and Q_i, which
 is not counted. Our choices where the paper is silent or its code differs: Delta_i is the client's own difference; st falls with
-staleness; B is a list, so that no update is lost; it is aggregated at once if no group is open; clients lost or away leave their
-group and are assigned when they are there. What happens in the same instant is taken one by one: replies by client, then timers.
+staleness; B is a list, so that no update is lost; it is aggregated at once if no group is open; clients whose job is lost leave
+their group and are assigned when they are there; where nothing can come, the round stays empty. What happens in the same instant is
+taken one by one: replies by client, then timers.
 """
 
 from __future__ import annotations
@@ -42,28 +43,26 @@ from hanse.schedules.staleness import Staleness, polynomial
 FREE, LATE = -1, -2
 """Instead of a group's number: in no group; still out when its group was closed."""
 
-SLACK = 0.5
-"""Nanoseconds by which a time may have been rounded down; they must not cost a client a step."""
+SLACK = 0.5  # nanoseconds by which a time may have been rounded down; they must not cost a client a step
 
 
 @dataclass
 class Roster:
-    """What the server knows of its N clients and G open groups; all of it is what a round leaves to the next."""
+    """What the server knows of its N clients and G open groups, and all that a round leaves to the next.
+
+    Of clients, ``[N]``: ``speed`` s, float64 nanoseconds per local step, at least 1, or 0 if not yet measured; ``group``, int64,
+    a group's number, FREE or LATE; ``reply``, int64, the ticket of what it has brought its group, or -1. Of groups, in order of
+    creation, ``[G]``: ``number``, int64; ``expected`` Te and ``latest`` Tl, float64 whole nanoseconds of virtual time. ``buffer``
+    B: int64, the tickets of late replies, which the next aggregation takes.
+    """
 
     speed: Tensor
-    """s, nanoseconds per local step, at least 1, float64 ``[N]``; 0 if not yet measured."""
     group: Tensor
-    """Number of each client's group, or FREE or LATE, int64 ``[N]``."""
     reply: Tensor
-    """Ticket of the reply that each client has brought its group, or -1, int64 ``[N]``."""
     number: Tensor
-    """Of each group, int64 ``[G]``, in order of creation."""
     expected: Tensor
-    """Te, whole nanoseconds of virtual time, float64 ``[G]``."""
     latest: Tensor
-    """Tl, whole nanoseconds of virtual time, float64 ``[G]``."""
     buffer: Tensor
-    """B, the tickets of replies to be aggregated next, int64 ``[B]``."""
 
     @classmethod
     def new(cls, clients: int) -> Roster:
@@ -96,15 +95,6 @@ class Roster:
         """Groups whose time has come, bool ``[G]``."""
         return self.latest <= t * (1 + 4 * sys.float_info.epsilon)  # after weeks, seconds are too coarse for the very nanosecond
 
-    def create(self, expected: int, latest: int) -> int:
-        """A new group's number."""
-        number = int(self.group.max().clamp(min=FREE)) + 1
-        self.number, self.expected, self.latest = (
-            torch.cat([old, old.new_tensor([new])])
-            for old, new in ((self.number, number), (self.expected, expected), (self.latest, latest))
-        )
-        return number
-
     def close(self, k: int) -> None:
         """What group ``k`` has brought goes to the buffer; who is still out is late."""
         members = self.group == self.number[k]
@@ -113,11 +103,6 @@ class Roster:
         self.group[members], self.group[back], self.reply[back] = LATE, FREE, -1
         others = torch.arange(len(self.number)) != k
         self.number, self.expected, self.latest = self.number[others], self.expected[others], self.latest[others]
-
-
-def clock(net: Network) -> int:
-    """Virtual time in nanoseconds."""
-    return int(nanoseconds(net.now))
 
 
 class fedcompass(Schedule):
@@ -172,7 +157,7 @@ class fedcompass(Schedule):
             elif bool(lost.any()):
                 roster.group[lost] = FREE
                 due = roster.complete()
-            elif not bool((due := roster.overdue(clock(net))).any()):
+            elif not bool((due := roster.overdue(int(nanoseconds(net.now)))).any()):
                 before, until = net.now, float(roster.latest.min() / SECOND) if len(roster.latest) else math.inf
                 events = await net.wait(until=until, anyone=away)
                 if not len(events.arrived) and net.now == before:
@@ -191,7 +176,7 @@ class fedcompass(Schedule):
         here = idle[net.there(idle)] if len(idle) else idle
         if len(here):
             here = here[roster.speed[here].argsort(stable=True)]
-            steps = torch.tensor([self._assign(roster, i, clock(net)) for i in here.tolist()])
+            steps = torch.tensor([self._assign(roster, i, int(nanoseconds(net.now))) for i in here.tolist()])
             net.send(here, "train", message, steps, self.patience)
         return len(here) < len(idle)
 
@@ -209,5 +194,8 @@ class fedcompass(Schedule):
         q = ((roster.latest - t + fastest * self.q_max + SLACK) / s).floor()
         q = q[(t < roster.latest) & (q <= self.q_max)]
         steps = max(self.q_min, int(q.max())) if len(q) else self.q_max
-        roster.group[i] = roster.create(t + round(steps * s), t + round(self.lam * steps * s))
+        roster.group[i] = roster.group.max().clamp(min=FREE) + 1
+        roster.number = torch.cat([roster.number, roster.group[i : i + 1]])
+        roster.expected = torch.cat([roster.expected, q.new_tensor([t + round(steps * s)])])
+        roster.latest = torch.cat([roster.latest, q.new_tensor([t + round(self.lam * steps * s)])])
         return steps

@@ -1,0 +1,184 @@
+"""Anarchic federated learning (Yang, Zhang, Khanduri, Liu, ICML 2022, arXiv 2108.09875), on quadratics and on the digits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from hanse.data.partition import natural, shards
+from hanse.data.tasks import digits, quadratics
+from hanse.engines.local import LocalNetwork, local
+from hanse.experiment import run
+from hanse.federation import Federation
+from hanse.fleet.distributions import listed
+from hanse.fleet.profiles import Fleet, devices
+from hanse.methods.anarchic import AFA_CD, AFA_CS
+from hanse.methods.base import Method
+from hanse.methods.fedavg import FedAvg
+from hanse.reproduce.base import SEEDS, Findings, Property, Scored, follow, test_accuracy
+from hanse.schedules.anarchic import anarchic
+from hanse.schedules.network import Schedule
+from hanse.schedules.synchronous import synchronous
+from hanse.track.figures import COLOURS
+from hanse.track.run import Record
+
+UPDATES = 2000
+"""Of the quadratics' model."""
+ROUNDS, STEPS = 120, 10
+"""Of FedAvg; everyone else gets as many worker gradients."""
+M, LEAST, MOST = 10, 1, 20
+RATES, SERVER_RATES = (0.3, 0.5), (1.0, 2.0)
+FLEETS = {
+    "unrelated": devices(step="evenly(0.1, 1.0)"),
+    "tied to labels": devices(step="by_class(classes=(0, 1, 2, 3, 4), inside=1.0, outside=0.1)"),
+}
+"""Seconds a local step."""
+
+
+class _Path:
+    """A writer that keeps every model, ``[P]``, and the staleness of what it was made from."""
+
+    def __init__(self) -> None:
+        self.x, self.staleness = list[Tensor](), list[float]()
+        self.net: LocalNetwork | None = None
+
+    def start(self, net: LocalNetwork) -> None:
+        self.net = net
+
+    def write(self, record: Record) -> None:
+        assert self.net is not None
+        self.x.append(self.net.state["x"])
+        self.staleness.append(record["staleness"])
+
+    def close(self) -> None:
+        pass
+
+
+def skewed(rule: Method) -> _Path:
+    """Ten quadratics whose workers come once a second to once in twenty, the rare ones being the slow ones as well."""
+    task, rate = quadratics(), torch.linspace(0.05, 1, 10)
+    fleet = devices(job="evenly(0.6, 0.0)")
+    federation = Federation(task, clients=task.count, partition=natural(), fleet=fleet, dtype="float64")
+    schedule, path = anarchic(m=1, steps=(1, 5), pause=listed(tuple((1 / rate).tolist()))), _Path()
+    engine = local(path="vmap", chunk=task.count, workers=1, threads=1)
+    run(federation, rule, schedule, rounds=UPDATES, evaluate=0, engine=engine, writers=[path], on_start=path.start)
+    return path
+
+
+def measured(rule: Method, schedule: Schedule, fleet: Fleet, seeds: Sequence[int], rounds: int, steps: float) -> list[Scored]:
+    """A run a seed on the digits, up to the number of gradients that FedAvg computes, if a client update takes ``steps`` of them."""
+    runs = []
+    for seed in seeds:
+        federation = Federation(digits(), clients=20, partition=shards(2), fleet=fleet, seed=seed)
+        scored = follow(federation, rule, schedule, test_accuracy, rounds, every=3 if rounds > ROUNDS else 2)
+        within = scored.updates * steps <= 20 * ROUNDS * STEPS
+        runs.append(Scored(*(column[within] for column in scored)))
+    return runs
+
+
+def final(scored: Scored) -> float:
+    """Mean accuracy over the last tenth of a run."""
+    return float(scored.score[-len(scored.score) // 10 :].mean())
+
+
+def reproduce() -> Findings:
+    """Measure the claims; about two minutes on one core."""
+    from matplotlib.figure import Figure
+
+    task, rule_names = quadratics(), ("AFA-CD", "AFA-CS")
+    paths = {"AFA-CD": skewed(AFA_CD(lr=0.001, server_lr=0.05)), "AFA-CS": skewed(AFA_CS(lr=0.001, server_lr=0.05))}
+    last = UPDATES - UPDATES * 3 // 10
+    distance = {name: float((torch.stack(path.x[last:]).mean(0) - task.optimum()).norm()) for name, path in paths.items()}
+    stale = paths["AFA-CS"].staleness
+
+    # Local and server rates are the best of a grid for every rule, on the first seed and speeds unrelated to labels.
+    own = anarchic(m=M, steps=(LEAST, MOST))
+    kinds: dict[str, tuple[list[FedAvg], Schedule, int, float]] = {
+        "FedAvg": ([FedAvg(lr=lr, steps=STEPS, weights="uniform") for lr in RATES], synchronous(cohort=20), ROUNDS, STEPS),
+        **{
+            name: ([kind(lr=lr, server_lr=eta) for lr in RATES for eta in SERVER_RATES], own, 175, (LEAST + MOST) / 2)
+            for name, kind in (("AFA-CD", AFA_CD), ("AFA-CS", AFA_CS))
+        },
+    }
+    rows, found = [], dict[tuple[str, str], list[Scored]]()
+    for name, (rules, schedule, rounds, steps) in kinds.items():
+        first = [measured(rule, schedule, FLEETS["unrelated"], SEEDS[:1], rounds, steps)[0] for rule in rules]
+        for rule, scored in zip(rules, first, strict=True):
+            rows.append(["tuning", str(rule), f"{final(scored):.3f}", f"{scored.seconds[-1]:.0f}", f"{final(scored):.3f}"])
+        best, rule = max(zip(first, rules, strict=True), key=lambda pair: final(pair[0]))
+        for speeds, fleet in FLEETS.items():
+            known = [best] if speeds == "unrelated" else []
+            runs = known + measured(rule, schedule, fleet, SEEDS[len(known) :], rounds, steps)
+            found[speeds, name] = runs
+            scores, seconds = [final(scored) for scored in runs], mean(float(scored.seconds[-1]) for scored in runs)
+            rows.append([speeds, str(rule), f"{mean(scores):.3f}", f"{seconds:.0f}", " ".join(f"{v:.3f}" for v in scores)])
+
+    accuracy = {key: mean(map(final, runs)) for key, runs in found.items()}
+    seconds = {key: mean(float(scored.seconds[-1]) for scored in runs) for key, runs in found.items()}
+    properties = [
+        Property(
+            "quadratics, AFA-CS",
+            "ends within 0.01 of the minimiser of the uniform mean, though some workers come 20 times as often as others",
+            f"{distance['AFA-CS']:.4f}; staleness {mean(stale):.1f} on average, {max(stale):.0f} at most",
+            distance["AFA-CS"] < 0.01,
+        ),
+        Property(
+            "quadratics, AFA-CD",
+            "ends more than 0.5 from it",
+            f"{distance['AFA-CD']:.2f}",
+            distance["AFA-CD"] > 0.5,
+        ),
+    ]
+    for speeds in FLEETS:
+        cd, cs, avg = (accuracy[speeds, name] for name in (*rule_names, "FedAvg"))
+        properties += [
+            Property(
+                f"digits, speeds {speeds}: AFA-CS and AFA-CD",
+                "AFA-CS is more accurate after equally many worker gradients",
+                f"{cs:.3f} against {cd:.3f}",
+                cs > cd,
+            ),
+            Property(
+                f"digits, speeds {speeds}: AFA-CS and FedAvg",
+                "accuracy within 0.03 of FedAvg's after equally many worker gradients, in less virtual time",
+                f"{cs:.3f} against {avg:.3f}, in {seconds[speeds, 'AFA-CS']:.0f} s against {seconds[speeds, 'FedAvg']:.0f} s",
+                cs >= avg - 0.03 and seconds[speeds, "AFA-CS"] < seconds[speeds, "FedAvg"],
+            ),
+        ]
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, *others = figure.subplots(1, 3)
+    colours = dict(zip(("FedAvg", *rule_names), COLOURS, strict=False))
+    for name, path in paths.items():
+        away = (torch.stack(path.x) - task.optimum()).norm(dim=1)
+        left.plot(range(1, UPDATES + 1), away, color=colours[name], lw=0.8, label=name)
+    left.set(title="quadratics", xlabel="updates of the model", ylabel="distance from the optimum", yscale="log")
+    for ax, speeds in zip(others, FLEETS, strict=True):
+        at = torch.linspace(0, max(seconds[speeds, name] for name in kinds), 60, dtype=torch.float64)
+        for name in kinds:
+            curves = torch.stack([scored.at(at[at <= seconds[speeds, name]]) for scored in found[speeds, name]])
+            times = at[: curves.shape[1]]
+            ax.plot(times, curves.mean(0), color=colours[name], label=name)
+            ax.fill_between(times, curves.min(0).values, curves.max(0).values, color=colours[name], alpha=0.18, lw=0)
+        ax.set(title=f"digits, speeds {speeds}", xlabel="virtual seconds", ylabel="test accuracy")
+    for ax in (left, *others):
+        ax.legend(frameon=False)
+
+    return Findings(
+        "Anarchic federated learning: AFA-CD, AFA-CS and FedAvg",
+        f"Quadratics: ten workers with one each, pauses of 20 to 1 seconds on average, 1 to 5 steps a job, every contribution a step"
+        f" of the server with lr = 0.001, eta = 0.05; the mean of the last 30 % of {UPDATES} models. Digits: MLP 64-64-10, 20 workers"
+        f" with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or 1 s for"
+        f" workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with everyone."
+        f" AFA: m = {M}, {LEAST} to {MOST} steps a job, until the workers have computed as many gradients (expected). Averages are"
+        f" uniform. Rates are the best on seed 0 with unrelated speeds: lr of {', '.join(map(str, RATES))}, for AFA with eta of"
+        f" {', '.join(map(str, SERVER_RATES))}. Accuracy is on the test set of 360 pictures over the last tenth of a run, means over"
+        f" 3 seeds (bands: lowest to highest).",
+        properties,
+        ("speeds", "rule", "accuracy", "virtual seconds", "by seed"),
+        rows,
+        figure,
+    )
