@@ -199,7 +199,7 @@ def uneven() -> hs.Federation:
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("flow", FLOWS)
 def test_a_run_with_work_under_way_goes_on_to_the_same_end(uneven: hs.Federation, tmp_path: Path, flow: str, work: str) -> None:
-    """Stopped at four different rounds and resumed: weights, history with times and bytes, and the whole last checkpoint."""
+    """Stopped early and late and resumed: weights, history with times and bytes, and the whole last checkpoint."""
     rule, codec = WORK[work]
     schedule = hs.schedules.Schedule.parse(FLOWS[flow])
 
@@ -209,7 +209,7 @@ def test_a_run_with_work_under_way_goes_on_to_the_same_end(uneven: hs.Federation
     expected = go_on(tmp_path / "whole")
     end = Folder(tmp_path / "whole").load()
     under_way = 0
-    for after in (1, 4, 7, 11):
+    for after in (1, 7):
         stop, out = Stop(after), tmp_path / str(after)
         assert len(go_on(out, writers=[stop], on_start=stop.start).history) == after
         saved = Folder(out).load()

@@ -60,6 +60,13 @@ def test_with_a_barrier_it_is_fedprox(digits, follow, mu):
         torch.testing.assert_close(ours[-1].x, follow(digits, FedAvg(**how), 3)[-1].x, rtol=0, atol=1e-12)
 
 
+def test_a_batch_of_clients_equals_one_client_at_a_time(digits, follow):
+    rule = FedAsync(lr=0.3, mu=0.1, batch=16)
+    reference = follow(digits, rule, 2, cohort=4)[-1].x
+    for how in ({"chunk": 1}, {"chunk": 2}, {"chunk": 1, "path": "loop"}):
+        torch.testing.assert_close(follow(digits, rule, 2, cohort=4, **how)[-1].x, reference, rtol=0, atol=1e-10)
+
+
 def models_of(rule, schedule, rounds):
     federation = hs.Federation(hs.tasks.quadratics(), 10, hs.natural(), FLEET, dtype="float64")
     found = []

@@ -236,9 +236,9 @@ def reproduce() -> Findings:
         f"Digits, MLP 64-32-10, {CLIENTS} clients; {LATE} of them alone hold class {LABEL} and deliver {TAU} rounds late, in every"
         f" round. {STEPS} full-batch steps, uniform averages, {ROUNDS} rounds, means over 3 seeds (bands: lowest to highest). The"
         f" local rate is the best of {', '.join(map(str, RATES))} for each rule by the accuracy on class {LABEL} over the last"
-        f" {LAST} rounds, and direct aggregation's for inversion and without staleness. 32 samples are searched for in 500 steps, then in 50"
-        f" from the client's last ones. Distances are at rounds {', '.join(map(str, MEASURED))} of the run with direct aggregation,"
-        " by searches of 500 steps.",
+        f" {LAST} rounds, and direct aggregation's for inversion and without staleness. 32 samples are searched for in 500 steps,"
+        f" then in 50 from the client's last ones. Distances are at rounds {', '.join(map(str, MEASURED))} of the run with direct"
+        " aggregation, by searches of 500 steps.",
         properties,
         ("measured", "rule", "value", "by seed"),
         rows,
