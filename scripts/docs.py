@@ -23,6 +23,7 @@ from hanse.catalogue import KINDS
 from hanse.cli import app
 from hanse.config import Settings
 from hanse.methods.base import Method
+from hanse.reproduce import SLUGS
 from hanse.systems import SYSTEMS
 
 WIDE = "---\nhide:\n  - toc\n---"
@@ -32,8 +33,10 @@ BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """List the pages of the rules in the section 'Methods'."""
+    """List the pages of the rules in the section 'Methods', and what was measured of each system in 'Reproduced'."""
     assert config.nav is not None
+    (reports,) = (item["Reproduced"] for item in config.nav if "Reproduced" in item)
+    reports += [{slug: f"reproduced/{slug}/report.md"} for slug in SLUGS]
     (methods,) = (item["Methods"] for item in config.nav if "Methods" in item)
     methods += [{", ".join(rules): f"methods/{module}.md"} for module, rules in families().items()]
     return config
@@ -91,10 +94,8 @@ def rule_page(module: str, rules: dict[str, type[Method]], docs: Path) -> str:
         if not any(re.search(rf"\b{name}\b", system.implemented) for name in rules):
             continue
         page += [f"## Reproduced: {system.slug}", f"{system.paper}. {system.shown[0].upper()}{system.shown[1:]}."]
-        page += [f"```sh\nhanse reproduce {system.slug}\n```"]
-        if report.is_file() and any(re.search(rf"\b{name}\b", report.read_text()) for name in rules):
-            _, _, findings = report.read_text().partition("\n")
-            page += [re.sub(r"\]\((?=[\w.-]+\.png\))", f"](../reproduced/{system.slug}/", findings)]
+        if report.is_file():
+            page += [f"[What was measured](../reproduced/{system.slug}/report.md) by `hanse reproduce {system.slug}`."]
     return "\n\n".join(page)
 
 
