@@ -84,6 +84,36 @@ def test_a_mixed_batch_equals_each_client_alone(path: str, rule: FedAvg) -> None
         close(together.weight[i], alone.weight[0])
 
 
+def test_a_direction_sees_those_still_at_work_and_what_is_theirs() -> None:
+    problem, samples = made()
+    message, kept = jobs(problem, hs.methods.Scaffold())
+    seen = []
+
+    def look(ctx: Context, w: Tensor, batch: Batch) -> Tensor:
+        n = len(w)
+        assert isinstance(ctx.lr, Tensor)
+        per_client = [
+            ctx.ids,
+            ctx.rounds,
+            ctx.steps,
+            ctx.counts,
+            ctx.lr,
+            ctx.loss,
+            ctx.buffers,
+            *ctx.message.values(),
+            *ctx.state.values(),
+        ]
+        assert {len(t) for t in per_client} == {n}
+        assert torch.equal(ctx.rounds, ROUNDS[:n]) and torch.equal(ctx.lr, RATES[:n]) and torch.equal(ctx.start, message["x"][:n])
+        seen.append(n)
+        return ctx.grad(w, batch)
+
+    way, plan, ids = paths(problem)["stacked"], FedAvg(batch=4).plan(), torch.arange(5)
+    ctx = context(problem, way, samples, plan, ids=ids, rounds=ROUNDS, steps=STEPS, lr=RATES, message=message, state=kept)
+    ctx.descend(look)
+    assert seen == [5, 4, 3, 3, 3, 1, 1]
+
+
 @pytest.mark.parametrize("buffers", ["average", "domain"])
 def test_running_statistics_of_each_version_stay_apart(buffers: str) -> None:
     """A client starts from the statistics of its own version, and of its own domain."""

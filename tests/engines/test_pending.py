@@ -132,35 +132,38 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_job_brings_what_it_would_bring_alone(uneven: hs.Federation, rule: str) -> None:
-    """Whatever it is executed with: the same client with the same model, version and key."""
+def test_a_job_brings_what_it_would_bring_alone(uneven: hs.Federation, executed: list[Orders], rule: str) -> None:
+    """In one batch with jobs of other versions, rounds and rates: what the client does with the same model and key by itself."""
     net = started(uneven, RULES[rule], path="stacked", chunk=12)
-    send(net, 10, 11)
+    states = [net.state]
     send(net, 0, 1, 2)
     wait(net, 3)
+    send(net, 10, 11)
     step(net, collect(net, 0, 1, 2))
-    model, kept = net.state, net.kept.snapshot()
+    kept = net.kept.snapshot()
+    states.append(net.state)
     send(net, 0, 2, 5)
-    wait(net, 3)
+    states.append({**net.state, "x": net.state["x"] + 0.1 * torch.randn_like(net.state["x"])})
+    at_once(net.commit(states[2]))
     send(net, 7)
-    wait(net, 3)
-    starts = {0: 1, 2: 1, 5: 1, 7: 1, 10: 0, 11: 0}
-    assert sorted(net.arrived["client"].tolist()) == sorted(starts)
+    executed.clear()
+    wait(net, 6)
+    assert [len(orders) for orders in executed] == [6]
+    starts = {0: 1, 2: 1, 5: 1, 7: 2, 10: 0, 11: 0}
     for client, version in starts.items():
         alone = network(uneven, RULES[rule], path="stacked", chunk=1)
-        state, _ = alone.begin(alone.method.init(alone.problem))
+        alone.kept.restore(kept)
         alone.round = version
-        if version:
-            alone.state = state = model
-            alone.kept.restore(kept)
-        expected = ask(alone, torch.tensor([client]), alone.method.message(state))
+        expected = ask(alone, torch.tensor([client]), alone.method.message(states[version]))
         found = collect(net, client)
         assert found.clients.tolist() == [client] and found.versions.tolist() == [version]
+        assert found.sums.keys() == expected.sums.keys()
         for name, values in expected.sums.items():
             torch.testing.assert_close(found.sums[name], values, rtol=1e-12, atol=1e-12)
-        mine = (n.read(torch.tensor([client])) for n in (net.kept, alone.kept))
-        for one, other in zip(*(rows.values() for rows in mine), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        mine, other = (n.kept.read(torch.tensor([client])) for n in (net, alone))
+        assert mine.keys() == other.keys()
+        for name, rows in mine.items():
+            torch.testing.assert_close(rows, other[name], rtol=1e-12, atol=1e-12)
 
 
 # ---- the same as the sums of a barrier
@@ -420,6 +423,21 @@ def test_work_under_way_survives_a_file(tmp_path: Path, rule: str, codec: hs.cod
     (expected, seen), (found, again) = finish(net), finish(fresh)
     assert len(seen) > 3 and again == seen and same(found, expected)
     assert same(fresh.snapshot(), net.snapshot())  # traffic, participation, client state and all
+
+
+def test_a_resumed_run_sends_the_same_message_again(uneven: hs.Federation, executed: list[Orders]) -> None:
+    """The model has not moved since, so that new work is executed with the old as work on one message, as it would have been."""
+    net, fresh = (network(uneven) for _ in range(2))
+    state, _ = net.begin(net.method.init(net.problem))
+    send(net, 3)
+    step(net)
+    fresh.restore({n: t.clone() for n, t in net.snapshot().items()})
+    for each in (net, fresh):
+        each.begin(state)
+        send(each, 4)
+        wait(each)
+    assert same(net.snapshot(), fresh.snapshot()) and len(net.pending.messages) == 1
+    assert [len(orders.messages) for orders in executed] == [1, 1]
 
 
 DAMAGE: dict[str, Callable[[str], bool]] = {

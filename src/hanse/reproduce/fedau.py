@@ -116,7 +116,7 @@ def distances(rounds: int = 60_000) -> dict[str, float]:
 
 
 def reproduce() -> Findings:
-    """Measure the claims; two to three minutes on one core."""
+    """Measure the claims; about three minutes on one core."""
     from matplotlib.figure import Figure
 
     def final(curves: Tensor) -> tuple[float, float]:
