@@ -332,6 +332,17 @@ def test_the_fleet_follows_the_federation_and_the_cohorts_the_run() -> None:
     assert seconds[0] == pytest.approx(float(each.max()))
 
 
+@pytest.mark.parametrize("rule", [hs.methods.FedSpeed, hs.methods.FedAvg_M_VR, hs.methods.Scaffold_M_VR])
+def test_a_rule_with_two_gradients_a_step_computes_twice_as_long(rule: type[hs.methods.FedAvg]) -> None:
+    federation = hs.Federation(hs.tasks.digits(hidden=8), clients=5, fleet=hs.fleet.devices(gflops=0.001))
+    everyone = hs.schedules.synchronous(5)
+    once, twice = (
+        hs.run(federation, r, everyone, rounds=1, engine=FIXED).history[0]["seconds"]
+        for r in (hs.methods.FedAvg(steps=4), rule(steps=4))
+    )
+    assert once > 0 and twice == pytest.approx(2 * once, rel=1e-6)
+
+
 def test_clipping_reaches_the_clients(ragged: hs.Federation) -> None:
     moved = [ask(network(ragged, hs.methods.FedAvg(clip=clip, steps=1)), torch.tensor([3])).mean("delta") for clip in (None, 1e-3)]
     assert float(moved[1].norm()) == pytest.approx(1e-3 * 0.1, rel=1e-9)

@@ -140,6 +140,19 @@ def test_whoever_comes_back_starts_again() -> None:
     assert min(done(seen)) >= 3 and seen.seconds[-1] > 20
 
 
+def test_a_worker_that_nobody_replaces_is_waited_for() -> None:
+    """There for a tenth of the time: no step without it, and none while it is away."""
+    seen = watch(bowls(1, job="0.5", trace="cyclic(rate=0.1, period=20, slot=1)"), anarchic(), rounds=6)
+    assert seen.cohorts == [[0]] * 6
+    assert 36 < seen.seconds[-1] < 60  # two or three absences of 18 s
+
+
+def test_a_worker_that_needs_no_time_contributes_once_a_step() -> None:
+    seen = watch(bowls(job="listed((0, 1, 1, 1, 1, 1, 1, 1, 1, 1))"), anarchic(m=10), rounds=5)
+    assert seen.cohorts == [list(range(10))] * 5
+    assert seen.seconds == pytest.approx([1, 2, 3, 4, 5])
+
+
 @pytest.mark.parametrize(
     ("schedule", "how"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ SMALL = fedcompass(q_min=2, q_max=10)
 class hiccup(hs.fleet.always):
     """Everyone is there, but jobs of one client begun in a certain second take longer."""
 
+    abstract: ClassVar[bool] = True  # of the tests, so not to be found by its name
     client: int = 1
     begun: float = 0.0
     extra: float = 0.0
@@ -41,6 +42,8 @@ class hiccup(hs.fleet.always):
 
 class jitter(hs.fleet.always):
     """Jobs take up to a tenth more or less, and one in ten three times as long."""
+
+    abstract: ClassVar[bool] = True
 
     def finish(self, population: Population, clients: Tensor, start: Tensor, seconds: Tensor) -> Finish:
         u = population.streams.uniform("jitter", clients, (start * 1e6).long(), n=2)

@@ -13,7 +13,8 @@ Compensation", ICML 2017, arXiv 1609.08326. Client i delivers in round t what it
 Only a stale update (tau > 0) that points elsewhere than the fresh ones of its round is inverted: its cosine distance to the nearest
 of them exceeds the mean plus one standard deviation of the distances between them; with fewer than two to compare with, any does.
 Adam searches X and L through all E steps, from noise; mask keeps the largest ``keep`` of |Delta_i| in models of more than ``dense``
-numbers. An update whose cost ends not finite, or no lower than it began, stays raw.
+numbers. The best D_rec on the way is taken; an update that none explains better than data that move nothing, |mask o Delta_i|_1,
+stays raw.
 
 Late in training the raw update is the better guess. The server finds out when a client delivers again: with Delta its new update,
 from model w, E1 = |LocalUpdate(w; D_rec) - w - Delta| and E2 = |the raw update before - Delta|, means over max(10, tau / 2) rounds,
@@ -148,7 +149,7 @@ class StaleInversion(RowByRow):
         assert problem is not None
         x, labels, cost = self._inverted(state, problem, starts(reply, versions), raw, clients, versions)
         now = self._update(problem, state["x"], x, labels, round)
-        good = (cost[1] < cost[0]) & now.isfinite().all(1)  # what is not a number is not less
+        good = (cost[1] < cost[0]) & now.isfinite().all(1)
         hat = delta.clone()
         hat[which] = torch.where(good[:, None], g * now + (1 - g) * raw, raw)
         moved = self.move(state, reply, self.average(reply, hat))
@@ -220,25 +221,27 @@ class StaleInversion(RowByRow):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Search D_rec for S updates ``delta`` from models ``start``, both ``[S, P]``, at local rates ``rate`` ``[S, 1]``.
 
-        Returns X, L and the cost at the beginning and at the end, ``[2, S]``. Each search is on its own: nothing is shared.
+        Returns the best X and L on the way, and two costs ``[2, S]``: of data that move nothing, and theirs, which is the same if
+        none were better. Each search is on its own: nothing is shared.
         """
         mask = largest(delta, self.keep) if delta.shape[1] > self.dense else torch.ones_like(delta)
-
-        def cost(x: Tensor, labels: Tensor) -> Tensor:
-            end = local_update(problem, start, x, labels.softmax(-1), rate, self.steps)
-            return (mask * (end - start - delta)).abs().sum(1)
-
         adam, fall = optim.adamw(weight_decay=0.0), (3 * n_it // 8, 5 * n_it // 8, 7 * n_it // 8)
         rates, slots = optim.steps(self.rate, milestones=fall), [adam.slots(x), adam.slots(labels)]
-        first = cost(x, labels)
-        for k in range(n_it):
-            both = [x.detach().requires_grad_(), labels.detach().requires_grad_()]
-            ways = torch.autograd.grad(cost(*both).sum(), both)
-            x, labels = (
-                v.detach() - rates.at(k) * adam.direction(d, s, v.detach()) for v, d, s in zip(both, ways, slots, strict=True)
-            )
-            x = self._boxed(x)
-        return x, labels, torch.stack([first, cost(x, labels)])
+        nothing = (mask * delta).abs().sum(1)
+        least, best, both = nothing, [x, labels], [x, labels]
+        for k in range(n_it + 1):
+            both = [v.detach().requires_grad_() for v in both]
+            end = local_update(problem, start, both[0], both[1].softmax(-1), rate, self.steps)
+            cost = (mask * (end - start - delta)).abs().sum(1)
+            better = cost.detach() < least  # what is not a number is not less
+            least = torch.where(better, cost.detach(), least)
+            best = [torch.where(better.view(-1, *[1] * (v.dim() - 1)), v.detach(), b) for v, b in zip(both, best, strict=True)]
+            ways = torch.autograd.grad(cost.sum(), both)
+            both = [
+                v - rates.at(k) * adam.direction(d, s, v) for v, d, s in zip(map(Tensor.detach, both), ways, slots, strict=True)
+            ]
+            both[0] = self._boxed(both[0])
+        return best[0], best[1], torch.stack([nothing, least])
 
     def _update(self, problem: Problem, w: Tensor, x: Tensor, labels: Tensor, round: int) -> Tensor:
         """``LocalUpdate(w; D_rec) - w`` of every D_rec at the model ``w`` ``[P]`` of ``round``, ``[S, P]``."""

@@ -177,8 +177,8 @@ def reproduce() -> Findings:
         "Anarchic federated learning: AFA-CD, AFA-CS and FedAvg",
         "Quadratics: ten workers with one each, pauses of 20 to 1 seconds on average, 1 to 5 steps a job, every contribution a step"
         f" of the server with lr = 0.001, eta = 0.05; the mean of the last 30 % of {UPDATES} models. Digits: MLP 64-64-10, 20"
-        " workers with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or 1 s"
-        f" for workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with"
+        " workers with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or"
+        f" 1 s for workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with"
         f" everyone. AFA: m = {M}, {FEWEST} to {MOST} steps a job, until the workers have computed as many gradients (expected)."
         " Averages are uniform. On seed 0 with unrelated speeds, lr is the best of"
         f" {', '.join(map(str, RATES))} for FedAvg, and eta the best of {', '.join(map(str, SERVER_RATES))} for each of AFA-CD and"
