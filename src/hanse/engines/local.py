@@ -281,15 +281,15 @@ class LocalNetwork:
         self.on_commit(self)
 
     def _mark(self) -> None:
-        self._committed, self._sent = (self.clock.snapshot(), dict(self.pending.messages)), list[tuple[np.ndarray, np.ndarray]]()
+        self._committed, self._sent = (self.clock.snapshot(), self.pending.mark()), list[tuple[np.ndarray, np.ndarray]]()
 
     def take_back(self) -> bool:
         """Undo a round that failed, so that a snapshot is that of the last commit; False where it has collected replies before."""
-        clock, messages = self._committed
+        clock, mark = self._committed
         self.clock.restore(clock)
         for who, keys in reversed(self._sent):
             self.keys[who] = keys
-        self.pending.take_back(messages, self.clock)
+        self.pending.take_back(mark, self.clock)
         return self.pending.covers(self.clock)
 
     # ---- execution

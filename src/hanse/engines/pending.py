@@ -122,7 +122,7 @@ class Pending:
 
     def forget(self, clock: Clock) -> None:
         """Drop messages and results that no job under way refers to any more."""
-        used = {*clock.out["message"].tolist(), *clock.arrived["message"].tolist(), self._next - 1}
+        used = {*clock.out["message"].tolist(), *clock.arrived["message"].tolist()}
         self.messages = {i: m for i, m in self.messages.items() if i in used}
         there = np.concatenate([clock.out["ticket"], clock.arrived["ticket"]])
         known = np.concatenate([r.batch.tickets.numpy() for r in self.results]) if self.results else there
@@ -130,9 +130,13 @@ class Pending:
         if len(gone):
             self.drop(gone)
 
-    def take_back(self, messages: dict[int, Message], clock: Clock) -> None:
-        """Back to when these were the messages, and ``clock`` had its jobs; later results are dropped, to be executed again."""
-        self.messages, self._next = messages, max(messages, default=-1) + 1
+    def mark(self) -> tuple[dict[int, Message], int]:
+        """What ``take_back`` needs."""
+        return dict(self.messages), self._next
+
+    def take_back(self, mark: tuple[dict[int, Message], int], clock: Clock) -> None:
+        """Back to when ``clock`` had these jobs; later results are dropped, to be executed again."""
+        self.messages, self._next = mark
         self.drop(clock.out["ticket"][clock.out["known"] == 0])
         self.forget(clock)
 

@@ -25,12 +25,12 @@ from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
 from hanse.track.run import Record
 
-UPDATES = 2000
+UPDATES = 1500
 """Of the quadratics' model."""
-ROUNDS, STEPS = 120, 10
+ROUNDS, STEPS = 100, 10
 """Of FedAvg; everyone else gets as many worker gradients."""
 M, FEWEST, MOST = 10, 1, 20
-RATES, SERVER_RATES = (0.3, 0.5, 0.7), (1.0, 2.0, 3.0)
+RATES, SERVER_RATES = (0.5, 0.7, 1.0), (2.0, 3.0, 4.0)
 FLEETS = {
     "unrelated": devices(step="evenly(0.1, 1.0)"),
     "tied to labels": devices(step="by_class(classes=(0, 1, 2, 3, 4), inside=1.0, outside=0.1)"),
@@ -120,7 +120,7 @@ def reproduce() -> Findings:
     grid = [FedAvg(lr=lr, steps=STEPS, weights="uniform") for lr in RATES]
     lr = measure("FedAvg", grid, everyone, ROUNDS, STEPS).lr
     for name, kind in (("AFA-CD", AFA_CD), ("AFA-CS", AFA_CS)):
-        measure(name, [kind(lr=lr, server_lr=eta) for eta in SERVER_RATES], own, 175, (FEWEST + MOST) / 2)
+        measure(name, [kind(lr=lr, server_lr=eta) for eta in SERVER_RATES], own, 146, (FEWEST + MOST) / 2)
     accuracy = {key: mean(map(final, runs)) for key, runs in found.items()}
     seconds = {key: lasted(runs) for key, runs in found.items()}
 
@@ -143,9 +143,9 @@ def reproduce() -> Findings:
         properties += [
             Property(
                 f"digits, speeds {speeds}: AFA-CS and AFA-CD",
-                "AFA-CS is more accurate after equally many worker gradients",
+                "AFA-CS is more accurate after equally many worker gradients, by more than one test picture",
                 f"{cs:.3f} against {cd:.3f}",
-                cs > cd,
+                cs > cd + 1 / 360,
             ),
             Property(
                 f"digits, speeds {speeds}: AFA-CS and FedAvg",
