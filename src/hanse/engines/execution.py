@@ -181,9 +181,12 @@ def encode(upload: Upload, codec: Codec) -> Tensor:
     scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
     vectors = {n: t for group in (upload.sums, upload.rows) for n, t in group.items()}
     scalars |= {n: vectors.pop(n)[0] for n in AS_IS & vectors.keys()}
-    sent = {n: upload.senders.get(n, torch.ones(len(upload.clients), dtype=torch.bool)).cpu() for n in vectors}
     if codec.plain:
         one = {n: t if t.dim() == 1 else t[0] for n, t in vectors.items()}
+        if not upload.senders:
+            return torch.full((len(upload.clients),), wire_size({**one, **scalars}))
+    sent = {n: upload.senders.get(n, torch.ones(len(upload.clients), dtype=torch.bool)).cpu() for n in vectors}
+    if codec.plain:
         lengths = {n: there.long() - 1 for n, there in sent.items()}  # 0 where sent, else -1
         return _sizes(lengths, lambda kind: wire_size({**{n: one[n] for n in kind}, **scalars}), len(upload.clients))
     lengths = {}

@@ -29,7 +29,7 @@ from hanse.engines.base import Arrangement, Engine
 from hanse.engines.execution import Executor, Lane, Orders, joined
 from hanse.engines.pending import Collected, Pending
 from hanse.federation import Federation
-from hanse.fleet.clock import NEVER, Clock, Events, Jobs
+from hanse.fleet.clock import NEVER, Clock, Events, Jobs, among
 from hanse.fleet.profiles import Work
 from hanse.methods.base import Method, State
 
@@ -201,7 +201,7 @@ class LocalNetwork:
 
     def _there(self, places: Tensor, busy: np.ndarray) -> Tensor:
         """Those of the clients at ``places`` among the free ones who are there."""
-        ids = places + torch.from_numpy(np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right"))
+        ids = places if not len(busy) else places + torch.from_numpy(np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right"))
         return ids[self.there(ids)]
 
     def there(self, clients: Tensor) -> Tensor:
@@ -217,10 +217,12 @@ class LocalNetwork:
     def _send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float) -> Jobs:
         counts = self.samples.counts(clients)
         lengths = self.plan.lengths(counts) if steps is None else steps
-        task = Work(lengths, self.work * self.plan.seen(counts, lengths), self.footprint)
+        flops = self.work * self.plan.seen(counts, lengths) if self.work else lengths.new_zeros(1)
+        task = Work(lengths, flops, self.footprint)
         who = clients.numpy()
         keys = np.maximum(self.round, self.keys[who] + 1)  # the round, or later for a client that has had this version before
-        self.pending.remember(self.arrived["ticket"][np.isin(self.arrived["client"], who)], self.kept)
+        if len(self.arrived):
+            self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
         number = self.pending.post(work, message)
         jobs = self.clock.send(clients, self.round, keys, number, wire_size(message), task, patience)
         self._sent.append((who, self.keys[who]))
@@ -267,11 +269,10 @@ class LocalNetwork:
         jobs = self._send(clients, work, message, None, math.inf)
         coming = jobs[jobs["arrives"] < NEVER]
         lanes = self._execute(coming, total=True) if len(coming) else []
-        while np.isin(jobs["ticket"], self.out["ticket"]).any():
+        while len(jobs) and bool((self.out["ticket"] >= jobs["ticket"][0]).any()):
             await self.wait(replies=len(jobs))
-        for lane in lanes:
-            for batch in lane.batches:
-                self.kept.write(batch.upload.clients, batch.kept)
+        for batch in (batch for lane in lanes for batch in lane.batches if batch.kept):
+            self.kept.write(batch.upload.clients, batch.kept)
         return self._reply(self.clock.take(jobs["ticket"]), Collected(lanes, [], None), None)
 
     async def commit(self, state: State, notes: Tensors | None = None) -> None:
@@ -304,7 +305,8 @@ class LocalNetwork:
             self.pending.store(self._execute(jobs, total=False))
 
     def _execute(self, jobs: Jobs, total: bool) -> list[Lane]:
-        numbers, which = np.unique(jobs["message"], return_inverse=True)
+        same = bool((jobs["message"] == jobs["message"][0]).all())
+        numbers, which = (jobs["message"][:1], np.zeros(len(jobs), int)) if same else np.unique(jobs["message"], return_inverse=True)
         messages = [self.pending.messages[i] for i in numbers.tolist()]
         tickets, clients, keys, versions, steps = (
             torch.from_numpy(jobs[name].copy()) for name in ("ticket", "client", "key", "version", "steps")

@@ -13,7 +13,7 @@ from hanse.core.errors import CheckpointError
 from hanse.core.messages import Tensors, Upload
 from hanse.core.state import ClientState
 from hanse.engines.execution import Batch, Lane, add
-from hanse.fleet.clock import Clock
+from hanse.fleet.clock import Clock, among
 
 Tickets = NDArray[np.int64]
 
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
     def rows(self, tickets: Tickets) -> Tickets:
         """The places of those of ``tickets`` that are in the batch."""
-        return np.flatnonzero(np.isin(self.batch.tickets.numpy(), tickets))
+        return np.flatnonzero(among(self.batch.tickets.numpy(), tickets))
 
 
 class Collected(NamedTuple):
@@ -76,7 +76,7 @@ class Pending:
         client as it was.
         """
         for _, batch in self.results if kept.widths else ():
-            due = torch.from_numpy(np.isin(batch.tickets.numpy(), tickets)) & ~batch.written
+            due = torch.from_numpy(among(batch.tickets.numpy(), tickets)) & ~batch.written
             if bool(due.any()):
                 kept.write(batch.upload.clients[due], {n: t[due] for n, t in batch.kept.items()})
                 batch.written |= due
@@ -112,7 +112,7 @@ class Pending:
         kept = []
         for result in self.results:
             held = result.batch.tickets.numpy()
-            held[np.isin(held, tickets)] = GONE
+            held[among(held, tickets)] = GONE
             left = np.flatnonzero(held != GONE)
             if len(left) > len(held) // 2:
                 kept.append(result)
@@ -126,7 +126,7 @@ class Pending:
         self.messages = {i: m for i, m in self.messages.items() if i in used}
         there = np.concatenate([clock.out["ticket"], clock.arrived["ticket"]])
         known = np.concatenate([r.batch.tickets.numpy() for r in self.results]) if self.results else there
-        gone = known[(known != GONE) & ~np.isin(known, there)]
+        gone = known[(known != GONE) & ~among(known, there)]
         if len(gone):
             self.drop(gone)
 
@@ -145,7 +145,7 @@ class Pending:
         jobs = np.concatenate([clock.out, clock.arrived])
         held = [t for r in self.results for t in r.batch.tickets.tolist()]
         return self.messages.keys() >= set(jobs["message"].tolist()) and bool(
-            np.isin(jobs["ticket"][jobs["known"] != 0], held).all()
+            among(jobs["ticket"][jobs["known"] != 0], held).all()
         )
 
     def snapshot(self) -> Tensors:

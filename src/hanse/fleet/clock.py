@@ -68,6 +68,13 @@ def nanoseconds(seconds: float | Tensor) -> NDArray[np.int64]:
     return np.where(scaled < NEVER, scaled, NEVER).astype(np.int64)
 
 
+def among(column: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of ``column`` are in ``values``; a tenth of the time of ``np.isin`` on a few numbers, which is what most calls are about."""
+    if len(column) * len(values) > 4096:
+        return np.isin(column, values)
+    return (column[:, None] == values).any(1)
+
+
 class Clock:
     """The time, the jobs that are out, the replies that have arrived, and what has travelled.
 
@@ -80,6 +87,7 @@ class Clock:
         self.time = self.down = self.up = self.late = self.lost = self.duplicates = self.tickets = 0
         self.out, self.arrived = np.empty(0, JOB), np.empty(0, JOB)
         self.rests = np.empty((0, 2), np.int64)
+        self._timeless = False
         self._slot, self._drawn = np.full(population.size, -1, np.int32), torch.empty(0, dtype=torch.float64)
         self.ended: list[tuple[Jobs, int, bool]] = []
         """Jobs that came to an end, when, and whether the server used them; emptied by whoever reads it."""
@@ -116,18 +124,19 @@ class Clock:
             jobs[name] = self.time
         if profile is not None:
             self._place(jobs, clients, profile, size, work)
-        self.out = np.concatenate([self.out, jobs])
+        self.out = np.concatenate([self.out, jobs]) if len(self.out) else jobs.copy()
         return jobs
 
     def _profile(self, clients: Tensor) -> Profile | None:
         """The devices of ``clients``; each is drawn once, when it first gets a job."""
+        if self._timeless or not len(clients):
+            return None
         who = clients.numpy()
         new = np.unique(who[self._slot[who] < 0])
-        if not len(who):  # a round to which nobody came, maybe the first
-            return None
         if len(new):
             drawn = self.fleet.profile(self.population, torch.from_numpy(new))
             if drawn is None:
+                self._timeless = True
                 return None
             self._slot[new] = len(self._drawn) + np.arange(len(new))
             self._drawn = torch.cat([self._drawn.reshape(-1, len(drawn)), torch.stack([*drawn], 1)])
@@ -152,8 +161,7 @@ class Clock:
 
     def weigh(self, tickets: NDArray[np.int64], sizes: Tensor) -> None:
         """The replies of ``tickets``, which will arrive, have ``sizes`` bytes, int64; from now on it is known when."""
-        order = np.argsort(tickets)
-        rows = np.flatnonzero(np.isin(self.out["ticket"], tickets))
+        order, rows = np.argsort(tickets), np.flatnonzero(among(self.out["ticket"], tickets))
         up = sizes.numpy()[order[np.searchsorted(tickets, self.out["ticket"][rows], sorter=order)]]
         self.out["up"][rows], self.out["known"][rows] = up, 1
         self.out["arrives"][rows] += nanoseconds(up / self.out["rate"][rows])
@@ -180,16 +188,23 @@ class Clock:
         there = self.out["arrives"] <= self.time
         arrived = self._receive(self.out[there])
         self.out = self.out[~there]
-        waiting = self.out["ignored"] == 0
-        lost = self.out[waiting & ((self.out["expires"] <= self.time) | (hopeless & (self.out["arrives"] >= NEVER)))]
-        self.lost += len(lost)
-        self.ended.append((lost, self.time, False))
-        self.out["ignored"][np.isin(self.out["ticket"], lost["ticket"])] = 1
-        self.out = self.out[(self.out["ignored"] == 0) | (self.out["arrives"] < NEVER)]  # the others may still come, too late
+        lost = self._give_up(hopeless)
         over = self.rests[:, 1] <= self.time
         rested = torch.from_numpy(np.sort(self.rests[over, 0]))
         self.rests = self.rests[~over]
         return Events(arrived, lost, rested, due=self.time >= int(nanoseconds(until)))
+
+    def _give_up(self, hopeless: bool) -> Jobs:
+        """The jobs whose time is over, or all without a reply if there is no hope for any; some may still come, too late."""
+        lost: Jobs = self.out[:0]
+        if len(self.out):
+            over = (self.out["expires"] <= self.time) | (hopeless & (self.out["arrives"] >= NEVER))
+            lost = self.out[over & (self.out["ignored"] == 0)]
+            self.out["ignored"][over] = 1
+            self.out = self.out[(self.out["ignored"] == 0) | (self.out["arrives"] < NEVER)]
+        self.lost += len(lost)
+        self.ended.append((lost, self.time, False))
+        return lost
 
     def _receive(self, jobs: Jobs) -> Jobs:
         self.up += int((jobs["up"] * (1 + jobs["twice"])).sum())
@@ -197,30 +212,32 @@ class Clock:
         self.late += int((jobs["ignored"] != 0).sum())
         used: Jobs = jobs[jobs["ignored"] == 0]
         used = used[np.lexsort((used["ticket"], used["client"], used["arrives"]))]
-        self.arrived = np.concatenate([self.arrived, used])
+        self.arrived = np.concatenate([self.arrived, used]) if len(self.arrived) else used
         return used
 
     def take(self, tickets: NDArray[np.int64], used: bool = True) -> Jobs:
         """Remove replies from those that have arrived."""
-        taken = np.isin(self.arrived["ticket"], tickets)
+        taken = among(self.arrived["ticket"], tickets)
         jobs, self.arrived = self.arrived[taken], self.arrived[~taken]
         self.ended.append((jobs, self.time, used))
         return jobs
 
     def call_off(self, tickets: NDArray[np.int64]) -> None:
         """Tell the clients to stop: nothing comes of these jobs any more, nor of their replies that have arrived."""
-        off = np.isin(self.out["ticket"], tickets)
+        off = among(self.out["ticket"], tickets)
         self.ended.append((self.out[off], self.time, False))
         self.out = self.out[~off]
         self.take(tickets, used=False)
 
     def _abandon(self, clients: NDArray[np.int64]) -> None:
-        mine = np.isin(self.out["client"], clients)
-        busy = self.out["client"][mine & (self.out["ignored"] == 0)]
-        if len(busy):
-            raise ValueError(f"client {busy[0]} is at work")
-        self.out = self.out[~mine]
-        self.rests = self.rests[~np.isin(self.rests[:, 0], clients)]
+        if len(self.out):
+            mine = among(self.out["client"], clients)
+            busy = self.out["client"][mine & (self.out["ignored"] == 0)]
+            if len(busy):
+                raise ValueError(f"client {busy[0]} is at work")
+            self.out = self.out[~mine]
+        if len(self.rests):
+            self.rests = self.rests[~among(self.rests[:, 0], clients)]
 
     def rest(self, clients: Tensor, seconds: Tensor) -> None:
         """Have ``clients`` check in after so many seconds, float64 ``[C]``."""

@@ -27,10 +27,10 @@ from hanse.track.run import Record
 
 UPDATES = 1500
 """Of the quadratics' model."""
-ROUNDS, STEPS = 100, 10
+ROUNDS, STEPS = 120, 10
 """Of FedAvg; everyone else gets as many worker gradients."""
 M, FEWEST, MOST = 10, 1, 20
-RATES, SERVER_RATES = (0.5, 0.7, 1.0), (2.0, 3.0, 4.0)
+RATES, SERVER_RATES = (0.5, 0.7, 1.0), (2.0, 3.0)
 FLEETS = {
     "unrelated": devices(step="evenly(0.1, 1.0)"),
     "tied to labels": devices(step="by_class(classes=(0, 1, 2, 3, 4), inside=1.0, outside=0.1)"),
@@ -69,10 +69,10 @@ def skewed(rule: Method) -> _Path:
     return path
 
 
-def measured(rule: Method, schedule: Schedule, fleet: Fleet, seeds: Sequence[int], rounds: int, steps: float) -> list[Scored]:
+def measured(rule: Method, schedule: Schedule, fleet: Fleet, rounds: int, steps: float) -> list[Scored]:
     """A run a seed on the digits, up to as many gradients as FedAvg computes, if a client update takes ``steps`` of them."""
     runs = []
-    for seed in seeds:
+    for seed in SEEDS:
         federation = Federation(digits(), clients=20, partition=shards(2), fleet=fleet, seed=seed)
         scored = follow(federation, rule, schedule, test_accuracy, rounds, every=3 if rounds > ROUNDS else 2)
         within = scored.updates * steps <= 20 * ROUNDS * STEPS
@@ -100,27 +100,26 @@ def reproduce() -> Findings:
     distance = {name: float((torch.stack(path.x[last:]).mean(0) - task.optimum()).norm()) for name, path in paths.items()}
     stale = paths["AFA-CS"].staleness
 
-    # On the first seed, with speeds unrelated to labels, the local rate is tuned for FedAvg and the server's for each AFA rule.
+    # With speeds unrelated to labels the local rate is tuned for FedAvg, and the server's for each AFA rule.
     rows, found = [], dict[tuple[str, str], list[Scored]]()
 
     def measure(name: str, rules: Sequence[FedAvg], schedule: Schedule, rounds: int, steps: float) -> FedAvg:
-        first = [measured(rule, schedule, FLEETS["unrelated"], SEEDS[:1], rounds, steps)[0] for rule in rules]
-        for rule, scored in zip(rules, first, strict=True):
-            rows.append(["tuning", str(rule), f"{final(scored):.3f}", f"{scored.seconds[-1]:.0f}", f"{final(scored):.3f}"])
-        best, rule = max(zip(first, rules, strict=True), key=lambda pair: final(pair[0]))
-        for speeds, fleet in FLEETS.items():
-            known = [best] if speeds == "unrelated" else []
-            runs = known + measured(rule, schedule, fleet, SEEDS[len(known) :], rounds, steps)
-            found[speeds, name] = runs
+        def runs(rule: FedAvg, speeds: str) -> list[Scored]:
+            runs = measured(rule, schedule, FLEETS[speeds], rounds, steps)
             scores = [final(scored) for scored in runs]
             rows.append([speeds, str(rule), f"{mean(scores):.3f}", f"{lasted(runs):.0f}", " ".join(f"{v:.3f}" for v in scores)])
-        return rule
+            return runs
+
+        tried = [runs(rule, "unrelated") for rule in rules]
+        best = max(range(len(rules)), key=lambda i: mean(map(final, tried[i])))
+        found["unrelated", name], found["tied to labels", name] = tried[best], runs(rules[best], "tied to labels")
+        return rules[best]
 
     everyone, own = synchronous(cohort=20), anarchic(m=M, steps=(FEWEST, MOST))
     grid = [FedAvg(lr=lr, steps=STEPS, weights="uniform") for lr in RATES]
     lr = measure("FedAvg", grid, everyone, ROUNDS, STEPS).lr
     for name, kind in (("AFA-CD", AFA_CD), ("AFA-CS", AFA_CS)):
-        measure(name, [kind(lr=lr, server_lr=eta) for eta in SERVER_RATES], own, 146, (FEWEST + MOST) / 2)
+        measure(name, [kind(lr=lr, server_lr=eta) for eta in SERVER_RATES], own, 175, (FEWEST + MOST) / 2)
     accuracy = {key: mean(map(final, runs)) for key, runs in found.items()}
     seconds = {key: lasted(runs) for key, runs in found.items()}
 
@@ -180,10 +179,9 @@ def reproduce() -> Findings:
         " workers with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or"
         f" 1 s for workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with"
         f" everyone. AFA: m = {M}, {FEWEST} to {MOST} steps a job, until the workers have computed as many gradients (expected)."
-        " Averages are uniform. On seed 0 with unrelated speeds, lr is the best of"
-        f" {', '.join(map(str, RATES))} for FedAvg, and eta the best of {', '.join(map(str, SERVER_RATES))} for each of AFA-CD and"
-        " AFA-CS with that lr. Accuracy is on the test set of 360 pictures over the last tenth of a run, means over 3 seeds (bands:"
-        " lowest to highest); a picture is 0.003.",
+        f" Averages are uniform. With unrelated speeds lr is the best of {', '.join(map(str, RATES))} for FedAvg, and eta the better"
+        f" of {' and '.join(map(str, SERVER_RATES))} for each of AFA-CD and AFA-CS with that lr. Accuracy is on the test set of 360"
+        " pictures over the last tenth of a run, means over 3 seeds (bands: lowest to highest); a picture is 0.003.",
         properties,
         ("speeds", "rule", "accuracy", "virtual seconds", "by seed"),
         rows,

@@ -102,6 +102,8 @@ class anarchic(Schedule):
     def _pauses(self, net: Network, clients: Tensor, jobs: Tensor) -> Tensor:
         """Seconds each client pauses after so many jobs, float64 ``[C]``."""
         mean = FINITE.draw(self.pause, Population(net.streams, net.clients), clients, "anarchic.pause")
+        if not bool(mean.any()):
+            return mean
         return -mean * torch.log(net.streams.uniform("anarchic.pauses", clients, jobs)[:, 0])
 
 
