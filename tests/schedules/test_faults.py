@@ -33,8 +33,6 @@ SCHEDULES = {
     "fedfix": "fedfix(window=0.7)",
     "fedcompass": "fedcompass(q_min=2, q_max=8)",
     "anarchic": "anarchic(m=2, pause=0.5)",
-
-
 }
 
 

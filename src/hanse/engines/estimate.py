@@ -102,7 +102,6 @@ class Rehearsal(LocalNetwork):
     def _execute(self, jobs: Jobs, total: bool) -> list[Lane]:
         tickets, clients, versions = (torch.from_numpy(jobs[n].copy()) for n in ("ticket", "client", "version"))
         ones, sizes = torch.ones(len(jobs)), torch.full((len(jobs),), self.size)
-        self.clock.weigh(tickets.numpy(), sizes)
         upload = Upload(clients, ones, {}, {}, {}, ones)
         return [Lane(batches=[Batch(tickets, versions, upload, sizes, {}, ones.bool())])]
 

@@ -74,6 +74,14 @@ def continues(saved: Tensors, start: Tensors) -> bool:
     return saved.keys() == start.keys() and alike(tables, start)
 
 
+def weights_of(lanes: list[Lane]) -> tuple[np.ndarray, Tensor]:
+    """Tickets and bytes of what has been executed."""
+    batches = [batch for lane in lanes for batch in lane.batches]
+    if not batches:
+        return np.empty(0, np.int64), torch.empty(0, dtype=torch.int64)
+    return torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches])
+
+
 @cache
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next round.
@@ -201,7 +209,11 @@ class LocalNetwork:
 
     def _there(self, places: Tensor, busy: np.ndarray) -> Tensor:
         """Those of the clients at ``places`` among the free ones who are there."""
-        ids = places if not len(busy) else places + torch.from_numpy(np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right"))
+        ids = (
+            places
+            if not len(busy)
+            else places + torch.from_numpy(np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right"))
+        )
         return ids[self.there(ids)]
 
     def there(self, clients: Tensor) -> Tensor:
@@ -266,14 +278,21 @@ class LocalNetwork:
         return self._reply(self.clock.take(jobs["ticket"]), found, total)
 
     async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
+        alone = not len(self.clock.out) and not len(self.clock.rests)
         jobs = self._send(clients, work, message, None, math.inf)
         coming = jobs[jobs["arrives"] < NEVER]
         lanes = self._execute(coming, total=True) if len(coming) else []
-        while len(jobs) and bool((self.out["ticket"] >= jobs["ticket"][0]).any()):
-            await self.wait(replies=len(jobs))
+        tickets, sizes = weights_of(lanes)
+        if alone:
+            done = self.clock.settle(jobs, tickets, sizes)
+        else:
+            self.clock.weigh(tickets, sizes)
+            while bool((self.out["ticket"] >= jobs["ticket"].min(initial=NEVER)).any()):
+                await self.wait(replies=len(jobs))
+            done = self.clock.take(jobs["ticket"])
         for batch in (batch for lane in lanes for batch in lane.batches if batch.kept):
             self.kept.write(batch.upload.clients, batch.kept)
-        return self._reply(self.clock.take(jobs["ticket"]), Collected(lanes, [], None), None)
+        return self._reply(done, Collected(lanes, [], None), None)
 
     async def commit(self, state: State, notes: Tensors | None = None) -> None:
         self.round, self.state, self.notes, self._draws = self.round + 1, state, notes or {}, 0
@@ -282,12 +301,12 @@ class LocalNetwork:
         self.on_commit(self)
 
     def _mark(self) -> None:
-        self._committed, self._sent = (self.clock.snapshot(), self.pending.mark()), list[tuple[np.ndarray, np.ndarray]]()
+        self._committed, self._sent = (self.clock.mark(), self.pending.mark()), list[tuple[np.ndarray, np.ndarray]]()
 
     def take_back(self) -> bool:
         """Undo a round that failed, so that a snapshot is that of the last commit; False where it has collected replies before."""
         clock, mark = self._committed
-        self.clock.restore(clock)
+        self.clock.take_back(clock)
         for who, keys in reversed(self._sent):
             self.keys[who] = keys
         self.pending.take_back(mark, self.clock)
@@ -302,11 +321,15 @@ class LocalNetwork:
         works = np.array([self.pending.messages[i].work for i in due["message"].tolist()])
         for work in dict.fromkeys(works.tolist()):
             jobs = due[works == work]
-            self.pending.store(self._execute(jobs, total=False))
+            lanes = self._execute(jobs, total=False)
+            self.clock.weigh(*weights_of(lanes))
+            self.pending.store(lanes)
 
     def _execute(self, jobs: Jobs, total: bool) -> list[Lane]:
         same = bool((jobs["message"] == jobs["message"][0]).all())
-        numbers, which = (jobs["message"][:1], np.zeros(len(jobs), int)) if same else np.unique(jobs["message"], return_inverse=True)
+        numbers, which = (
+            (jobs["message"][:1], np.zeros(len(jobs), int)) if same else np.unique(jobs["message"], return_inverse=True)
+        )
         messages = [self.pending.messages[i] for i in numbers.tolist()]
         tickets, clients, keys, versions, steps = (
             torch.from_numpy(jobs[name].copy()) for name in ("ticket", "client", "key", "version", "steps")
@@ -325,7 +348,6 @@ class LocalNetwork:
             raise DivergedError(
                 f"training loss of client {bad} in round {self.round + 1} is not finite; lower lr ({self.method.lr}) or set clip"
             )
-        self.clock.weigh(torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches]))
         return lanes
 
     def _reply(self, jobs: Jobs, found: Collected, total: float | None) -> Reply:

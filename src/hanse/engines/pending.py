@@ -143,10 +143,8 @@ class Pending:
     def covers(self, clock: Clock) -> bool:
         """Whether all is there that the jobs of ``clock`` refer to."""
         jobs = np.concatenate([clock.out, clock.arrived])
-        held = [t for r in self.results for t in r.batch.tickets.tolist()]
-        return self.messages.keys() >= set(jobs["message"].tolist()) and bool(
-            among(jobs["ticket"][jobs["known"] != 0], held).all()
-        )
+        held = np.array([t for r in self.results for t in r.batch.tickets.tolist()], dtype=np.int64)
+        return self.messages.keys() >= set(jobs["message"].tolist()) and bool(among(jobs["ticket"][jobs["known"] != 0], held).all())
 
     def snapshot(self) -> Tensors:
         """Named tensors from which ``restore`` brings everything back."""

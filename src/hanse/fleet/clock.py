@@ -49,6 +49,15 @@ Jobs = NDArray[Any]
 JOB = np.dtype([*((name, np.int64) for name in COLUMNS), ("rate", np.float64)])
 
 
+class Mark(NamedTuple):
+    """A moment: counters, jobs out, replies that had arrived, rests."""
+
+    counters: tuple[int, ...]
+    out: Jobs
+    arrived: Jobs
+    rests: NDArray[np.int64]
+
+
 class Events(NamedTuple):
     """What one wait ended with."""
 
@@ -69,10 +78,11 @@ def nanoseconds(seconds: float | Tensor) -> NDArray[np.int64]:
 
 
 def among(column: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of ``column`` are in ``values``; a tenth of the time of ``np.isin`` on a few numbers, which is what most calls are about."""
+    """Which of ``column`` are in ``values``; on a few numbers, as in most calls, ``np.isin`` takes far longer."""
     if len(column) * len(values) > 4096:
         return np.isin(column, values)
-    return (column[:, None] == values).any(1)
+    found: NDArray[np.bool_] = (column[:, None] == values).any(1)
+    return found
 
 
 class Clock:
@@ -159,6 +169,24 @@ class Clock:
         drawn = self.streams.uniform(purpose, clients, torch.from_numpy(jobs["key"].copy()))[:, 0]
         return (drawn < probability).numpy()
 
+    def settle(self, jobs: Jobs, tickets: NDArray[np.int64], sizes: Tensor) -> Jobs:
+        """``jobs`` are all that is out, and all their replies are waited for: ``weigh``, ``advance`` and ``take`` in one.
+
+        Of ``tickets``, those that will arrive, the replies have ``sizes`` bytes. Returns the jobs that brought one.
+        """
+        self.out = self.out[:0]
+        coming = jobs["arrives"] < NEVER
+        done, lost = jobs[coming], jobs[~coming]
+        order = np.argsort(tickets)  # that of ``done``
+        done["up"], done["known"] = sizes.numpy()[order], 1
+        done["arrives"] += nanoseconds(done["up"] / done["rate"])
+        self.time = int(done["arrives"].max(initial=self.time))
+        self.up += int((done["up"] * (1 + done["twice"])).sum())
+        self.duplicates += int(done["twice"].sum())
+        self.lost += len(lost)
+        self.ended += [(lost, self.time, False), (done, self.time, True)]
+        return done
+
     def weigh(self, tickets: NDArray[np.int64], sizes: Tensor) -> None:
         """The replies of ``tickets``, which will arrive, have ``sizes`` bytes, int64; from now on it is known when."""
         order, rows = np.argsort(tickets), np.flatnonzero(among(self.out["ticket"], tickets))
@@ -244,12 +272,26 @@ class Clock:
         new = np.stack([clients.numpy(), self.time + nanoseconds(seconds)], 1)
         self.rests = np.concatenate([self.rests, new])
 
+    def mark(self) -> Mark:
+        """What ``take_back`` needs to come back to this moment."""
+        return Mark(self._counters(), self.out.copy(), self.arrived, self.rests)
+
+    def take_back(self, mark: Mark) -> None:
+        """Go back to a moment."""
+        self._count(mark.counters)
+        self.out, self.arrived, self.rests = mark.out, mark.arrived, mark.rests
+
+    def _counters(self) -> tuple[int, ...]:
+        return self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets
+
+    def _count(self, counters: tuple[int, ...]) -> None:
+        self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets = counters
+
     def snapshot(self) -> Tensors:
         """Named tensors from which ``restore`` goes on."""
-        counters = [self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets]
         tables = {"out": self.out, "arrived": self.arrived}
         return {
-            "counters": torch.tensor(counters),
+            "counters": torch.tensor(self._counters()),
             "rests": torch.from_numpy(self.rests.copy()),
             **{
                 name: torch.from_numpy(rows.copy().view(np.int64).reshape(-1, len(JOB.names or ())))
@@ -270,6 +312,6 @@ class Clock:
                 raise CheckpointError(f"clock.{name}: the checkpoint's jobs are not of {self.population.size} clients")
         if len(saved["counters"]) != 7:
             raise CheckpointError("clock.counters: the checkpoint's jobs cannot be read")
-        self.time, self.down, self.up, self.late, self.lost, self.duplicates, self.tickets = map(int, saved["counters"])
+        self._count(tuple(map(int, saved["counters"])))
         self.rests = saved["rests"].numpy().copy()
         self.out, self.arrived = (saved[n].numpy().copy().view(JOB).reshape(-1) for n in ("out", "arrived"))

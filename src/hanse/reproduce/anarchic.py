@@ -91,7 +91,7 @@ def lasted(runs: Sequence[Scored]) -> float:
 
 
 def reproduce() -> Findings:
-    """Measure the claims; about two minutes on one core."""
+    """Measure the claims; about three minutes on one core."""
     from matplotlib.figure import Figure
 
     task = quadratics()
@@ -179,9 +179,9 @@ def reproduce() -> Findings:
         " workers with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or"
         f" 1 s for workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with"
         f" everyone. AFA: m = {M}, {FEWEST} to {MOST} steps a job, until the workers have computed as many gradients (expected)."
-        f" Averages are uniform. With unrelated speeds lr is the best of {', '.join(map(str, RATES))} for FedAvg, and eta the better"
-        f" of {' and '.join(map(str, SERVER_RATES))} for each of AFA-CD and AFA-CS with that lr. Accuracy is on the test set of 360"
-        " pictures over the last tenth of a run, means over 3 seeds (bands: lowest to highest); a picture is 0.003.",
+        f" Averages are uniform. With unrelated speeds lr is the best of {', '.join(map(str, RATES))} for FedAvg, and eta the"
+        f" better of {' and '.join(map(str, SERVER_RATES))} for each of AFA-CD and AFA-CS with that lr. Accuracy is on the test"
+        " set of 360 pictures over the last tenth of a run, means over 3 seeds (bands: lowest to highest); a picture is 0.003.",
         properties,
         ("speeds", "rule", "accuracy", "virtual seconds", "by seed"),
         rows,
