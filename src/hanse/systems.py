@@ -79,9 +79,9 @@ SYSTEMS = (
         paper="Wang, Gao, AAAI 2025, arXiv 2309.13536",
         status="partly",
         implemented="StaleInversion, FirstOrder",
-        shown="every exact check in tests/methods; on digits the inverted update is 0.001 from the current one by cosine, the raw one "
-        "0.187, and the class that only late clients hold ends at 0.867 against 0.437 (weighted) and 0.387 (direct); first-order "
-        "compensation with lam = 4 was no better than raw; not shown at MNIST or CIFAR-10 size",
+        shown="every exact check in tests/methods; on digits the inverted update is 0.001 from the current one by cosine, the raw "
+        "one 0.187, and the class that only late clients hold ends at 0.867 against 0.437 (weighted) and 0.387 (direct); "
+        "first-order compensation with lam = 4 was no better than raw; not shown at MNIST or CIFAR-10 size",
     ),
     System(
         slug="anarchic",
@@ -89,8 +89,8 @@ SYSTEMS = (
         paper="Yang, Zhang, Khanduri, Liu, ICML 2022, arXiv 2108.09875",
         status="partly",
         implemented="AFA_CD, AFA_CS; the schedule anarchic",
-        shown="every exact check in tests/methods and tests/schedules; limits on quadratics; on digits AFA-CS is within 0.03 of FedAvg "
-        "in less virtual time, and above AFA-CD where fast workers hold certain classes, but not where speeds and data are unrelated; "
-        "not shown at CIFAR-10 and Shakespeare size",
+        shown="every exact check in tests/methods and tests/schedules; limits on quadratics; on digits AFA-CS is within 0.03 of "
+        "FedAvg in less virtual time, and above AFA-CD where fast workers hold certain classes, but not where speeds and data are "
+        "unrelated; not shown at CIFAR-10 and Shakespeare size",
     ),
 )

@@ -88,6 +88,15 @@ def test_nothing_is_executed_before_a_result_is_needed(uneven: hs.Federation, ex
     net = started(uneven)
     send(net, 3, 4)
     assert wait(net, until=3.9).due and executed == []
+    assert wait(net).arrived["client"].tolist() == [3] and executed == []
+    collect(net, 3)
+    assert [orders.clients.tolist() for orders in executed] == [[3, 4]]
+
+
+def test_work_is_executed_when_its_size_decides_when_it_arrives(executed: list[Orders]) -> None:
+    net = started(unequal(up=1.0))
+    send(net, 3, 4)
+    assert wait(net, until=3.9).due and executed == []
     assert wait(net).arrived["client"].tolist() == [3] and len(executed) == 1
 
 
@@ -96,14 +105,16 @@ def test_work_of_several_versions_is_executed_at_once(uneven: hs.Federation, exe
     net = started(uneven)
     send(net, 0, 1)
     wait(net, 2)
+    reply = collect(net, 0, 1)
     send(net, 8, 9)
-    step(net, collect(net, 0, 1))
+    step(net, reply)
     send(net, 5, 6, 7)
     step(net)
     net.state = {**net.state, "x": net.state["x"] + 1}
     send(net, 0, 1)
     executed.clear()
     wait(net)
+    net._execute_all()  # as the first to be collected would have it
     (orders,) = executed
     versions = dict(zip(orders.clients.tolist(), orders.versions.tolist(), strict=True))
     assert versions == {8: 0, 9: 0, 5: 1, 6: 1, 7: 1, 0: 2, 1: 2} and len(orders.messages) == 3
@@ -112,6 +123,7 @@ def test_work_of_several_versions_is_executed_at_once(uneven: hs.Federation, exe
     assert len(executed) == 1 and not len(net.out)
     send(net, 0, 2)
     wait(net, 2)
+    collect(net, 0)
     assert [len(o) for o in executed] == [7, 2]
 
 
@@ -119,6 +131,7 @@ def test_work_whose_reply_is_lost_is_not_executed(executed: list[Orders]) -> Non
     net = started(unequal(loss=f"listed({(1,) + (0,) * (CLIENTS - 1)})"))
     send(net, 0, 1, 2)
     assert wait(net, 3).lost["client"].tolist() == [0]
+    collect(net, 1, 2)
     assert [sorted(orders.clients.tolist()) for orders in executed] == [[1, 2]]
 
 
@@ -138,8 +151,9 @@ def test_a_job_brings_what_it_would_bring_alone(uneven: hs.Federation, executed:
     states = [net.state]
     send(net, 0, 1, 2)
     wait(net, 3)
+    reply = collect(net, 0, 1, 2)
     send(net, 10, 11)
-    step(net, collect(net, 0, 1, 2))
+    step(net, reply)
     kept = net.kept.snapshot()
     states.append(net.state)
     send(net, 0, 2, 5)
@@ -148,6 +162,7 @@ def test_a_job_brings_what_it_would_bring_alone(uneven: hs.Federation, executed:
     send(net, 7)
     executed.clear()
     wait(net, 6)
+    net._execute_all()  # as the first to be collected would have it
     assert [len(orders) for orders in executed] == [6]
     starts = {0: 1, 2: 1, 5: 1, 7: 2, 10: 0, 11: 0}
     for client, version in starts.items():
@@ -256,8 +271,9 @@ def test_results_stay_until_they_are_collected_or_called_off(uneven: hs.Federati
     net = started(uneven, path="stacked", chunk=12)
     send(net, *range(CLIENTS))
     wait(net)
+    net._execute_all()  # as the first to be collected would have it
     (result,) = net.pending.results
-    assert len(result.batch.tickets) == CLIENTS  # executed with the first, as all were under way
+    assert len(result.batch.tickets) == CLIENTS  # all were under way
 
     def take(*clients: int) -> None:
         if end == "collected":
@@ -362,6 +378,7 @@ def test_every_job_costs_its_messages(uneven: hs.Federation, rule: str, codec: h
     send(net, 0, 1, 5)
     assert traffic(net) == (3 * len(save({n: t.clone() for n, t in message.items()})), 0) == (3 * wire_size(message), 0)
     wait(net, 2)
+    net._execute_all()
     assert net.arrived["up"].tolist() == [up, up] and traffic(net)[1] == 2 * up
     net.call_off(net.out)
     wait(net, until=100)
@@ -434,6 +451,7 @@ def test_a_resumed_run_sends_the_same_message_again(uneven: hs.Federation, execu
         each.begin(state)
         send(each, 4)
         wait(each)
+        each._execute_all()
     assert same(net.snapshot(), fresh.snapshot()) and len(net.pending.messages) == 1
     assert [len(orders.messages) for orders in executed] == [1, 1]
 
@@ -473,6 +491,7 @@ def test_a_round_that_has_used_replies_of_earlier_ones_cannot_be_taken_back(unev
     net = started(uneven)
     send(net, 0, 1)
     wait(net, 2)
+    net._execute_all()
     step(net)
     collect(net, 0)
     assert not net.take_back()

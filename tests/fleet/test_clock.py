@@ -35,7 +35,7 @@ def send(c: Clock, who: Sequence[int], size: int = 0, steps: int = 1, flops: flo
 
 
 def wait(c: Clock, replies: int = 1, until: float = math.inf, up: int = 0, weighed: list[int] | None = None) -> Events:
-    """Wait, replies having ``up`` bytes; ``weighed`` notes when the clock had to know that."""
+    """Wait, replies having ``up`` bytes; ``weighed`` notes when the clock had to know that. Of what has arrived it is told then."""
 
     def weigh() -> None:
         due = c.out[(c.out["known"] == 0) & (c.out["arrives"] < NEVER)]
@@ -43,7 +43,10 @@ def wait(c: Clock, replies: int = 1, until: float = math.inf, up: int = 0, weigh
         if weighed is not None:
             weighed.append(c.time)
 
-    return c.advance(replies, until, weigh)
+    events = c.advance(replies, until, weigh)
+    unknown = c.arrived["ticket"][c.arrived["known"] == 0]
+    c.weigh(unknown, torch.full((len(unknown),), up))
+    return events
 
 
 def clients_of(jobs: Jobs) -> list[int]:
@@ -145,13 +148,14 @@ def test_a_heavy_reply_lets_others_pass() -> None:
     assert c.time == 3 * SECOND
 
 
-def test_sizes_are_asked_for_only_when_something_may_arrive() -> None:
-    c, weighed = clock(devices(job=1)), list[int]()
+@pytest.mark.parametrize(("up", "asked"), [(1, [900 * MS]), (math.inf, [])])
+def test_sizes_are_asked_for_only_where_they_decide_what_arrives(up: float, asked: list[int]) -> None:
+    c, weighed = clock(devices(job=1, up=up)), list[int]()
     send(c, [0, 1])
     wait(c, until=0.9, weighed=weighed)
     assert weighed == []
     wait(c, until=1.5, weighed=weighed)
-    assert weighed == [900 * MS] and len(c.arrived) == 2
+    assert weighed == asked and len(c.arrived) == 2
 
 
 # ---- what a wait ends with

@@ -233,7 +233,8 @@ class LocalNetwork:
         task = Work(lengths, flops, self.footprint)
         who = clients.numpy()
         keys = np.maximum(self.round, self.keys[who] + 1)  # the round, or later for a client that has had this version before
-        if len(self.arrived):
+        if len(self.arrived) and self.kept.widths:
+            self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
         number = self.pending.post(work, message)
         jobs = self.clock.send(clients, self.round, keys, number, wire_size(message), task, patience)
@@ -266,6 +267,8 @@ class LocalNetwork:
         return float(max(self._back[away.numpy()].min(initial=math.inf), self.now + 1e-6))
 
     def call_off(self, jobs: Jobs) -> None:
+        self.clock.call_off(jobs["ticket"][~among(jobs["ticket"], self.arrived["ticket"])])
+        self._execute_unless_known(self.arrived["ticket"], jobs["ticket"])  # it has travelled all the same
         self.clock.call_off(jobs["ticket"])
         self.pending.forget(self.clock)
 
@@ -273,6 +276,7 @@ class LocalNetwork:
         self.clock.rest(clients, seconds)
 
     def collect(self, jobs: Jobs, scale: Tensor | None = None, total: float | None = None) -> Reply:
+        self._execute_unless_known(self.arrived["ticket"], jobs["ticket"])
         self.pending.remember(jobs["ticket"], self.kept)
         found = self.pending.take(jobs["ticket"], scale)
         return self._reply(self.clock.take(jobs["ticket"]), found, total)
@@ -314,10 +318,16 @@ class LocalNetwork:
 
     # ---- execution
 
+    def _execute_unless_known(self, column: np.ndarray, values: np.ndarray) -> None:
+        """Execute what is due if any of the replies whose ``column`` is among ``values`` has not been executed yet."""
+        if bool((self.arrived["known"][among(column, values)] == 0).any()):
+            self._execute_all()
+
     def _execute_all(self) -> None:
-        """Everything that is out and will come back is executed together, whatever version it started from."""
-        out = self.clock.out
-        due = out[(out["known"] == 0) & (out["arrives"] < NEVER)]
+        """Everything that has come or will come back is executed together, whatever version it started from."""
+        jobs = np.concatenate([self.clock.arrived, self.clock.out])
+        due = jobs[(jobs["known"] == 0) & (jobs["arrives"] < NEVER)]
+        due = due[np.argsort(due["ticket"])]
         works = np.array([self.pending.messages[i].work for i in due["message"].tolist()])
         for work in dict.fromkeys(works.tolist()):
             jobs = due[works == work]

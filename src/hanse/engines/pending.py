@@ -137,7 +137,8 @@ class Pending:
     def take_back(self, mark: tuple[dict[int, Message], int], clock: Clock) -> None:
         """Back to when ``clock`` had these jobs; later results are dropped, to be executed again."""
         self.messages, self._next = mark
-        self.drop(clock.out["ticket"][clock.out["known"] == 0])
+        jobs = np.concatenate([clock.out, clock.arrived])
+        self.drop(jobs["ticket"][jobs["known"] == 0])
         self.forget(clock)
 
     def covers(self, clock: Clock) -> bool:

@@ -188,17 +188,22 @@ class Clock:
         return done
 
     def weigh(self, tickets: NDArray[np.int64], sizes: Tensor) -> None:
-        """The replies of ``tickets``, which will arrive, have ``sizes`` bytes, int64; from now on it is known when."""
-        order, rows = np.argsort(tickets), np.flatnonzero(among(self.out["ticket"], tickets))
-        up = sizes.numpy()[order[np.searchsorted(tickets, self.out["ticket"][rows], sorter=order)]]
-        self.out["up"][rows], self.out["known"][rows] = up, 1
-        self.out["arrives"][rows] += nanoseconds(up / self.out["rate"][rows])
+        """The replies of ``tickets``, which will arrive or have, are of ``sizes`` bytes, int64; from now on it is known when."""
+        order = np.argsort(tickets)
+        for table in (self.out, self.arrived):
+            rows = np.flatnonzero(among(table["ticket"], tickets))
+            up = sizes.numpy()[order[np.searchsorted(tickets, table["ticket"][rows], sorter=order)]]
+            table["up"][rows], table["known"][rows] = up, 1
+            if table is self.out:
+                table["arrives"][rows] += nanoseconds(up / table["rate"][rows])
+            else:  # what has arrived did not depend on it
+                self.up += int((up * (1 + table["twice"][rows])).sum())
 
     def advance(self, replies: int, until: float, weigh: Callable[[], None]) -> Events:
         """Go on to the first of: ``replies`` more replies (or as many as can still come), a job given up, a rest over, ``until``.
 
         Where no further reply can come, the jobs that are out are given up. ``weigh`` is called when the order of events depends
-        on sizes not yet known, and before any reply arrives.
+        on sizes not yet known, and before a reply arrives too late, because nobody will ask for its size afterwards.
         """
         while True:
             live = self.live
@@ -207,7 +212,8 @@ class Clock:
             last = int(arrives[min(replies, coming) - 1]) if coming else NEVER
             alarm = min(int(live["expires"].min(initial=NEVER)), int(self.rests[:, 1].min(initial=NEVER)), int(nanoseconds(until)))
             time = min(last, alarm)
-            if not bool(((self.out["known"] == 0) & (self.out["arrives"] <= min(time, NEVER - 1))).any()):
+            due = (self.out["known"] == 0) & (self.out["arrives"] <= min(time, NEVER - 1))
+            if not bool((due & (np.isfinite(self.out["rate"]) | (self.out["ignored"] != 0))).any()):
                 break
             weigh()
         hopeless = replies > coming and time == last and alarm >= NEVER
@@ -274,7 +280,7 @@ class Clock:
 
     def mark(self) -> Mark:
         """What ``take_back`` needs to come back to this moment."""
-        return Mark(self._counters(), self.out.copy(), self.arrived, self.rests)
+        return Mark(self._counters(), self.out.copy(), self.arrived.copy(), self.rests)
 
     def take_back(self, mark: Mark) -> None:
         """Go back to a moment."""
