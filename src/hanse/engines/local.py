@@ -209,11 +209,8 @@ class LocalNetwork:
 
     def _there(self, places: Tensor, busy: np.ndarray) -> Tensor:
         """Those of the clients at ``places`` among the free ones who are there."""
-        ids = (
-            places
-            if not len(busy)
-            else places + torch.from_numpy(np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right"))
-        )
+        before = np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right")  # those at work up to there
+        ids = places + torch.from_numpy(before)
         return ids[self.there(ids)]
 
     def there(self, clients: Tensor) -> Tensor:
@@ -260,9 +257,7 @@ class LocalNetwork:
         ids = self.streams.sample("back", self.clients, min(self.clients, 10_000), self.round)
         ids = ids[~torch.isin(ids, torch.from_numpy(self.out["client"]))]
         away = ids[~self.there(ids)]
-        asked = away[
-            torch.from_numpy(self._back[away.numpy()] <= self.now)
-        ]  # of the others it is known since they were asked before
+        asked = away[torch.from_numpy(self._back[away.numpy()] <= self.now)]  # of the others it is known already
         self._back[asked.numpy()] = trace.back(self.federation.population, asked, self.now).numpy()
         return float(max(self._back[away.numpy()].min(initial=math.inf), self.now + 1e-6))
 

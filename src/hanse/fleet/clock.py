@@ -3,8 +3,8 @@
 A deterministic event queue. Times are whole nanoseconds, so that they add without rounding and equal times are equal on every
 machine. What happens in the same instant is taken in this order: replies by client, then jobs given up, then rests that are over.
 
-Jobs are rows of one table and the next event is its minimum, so time and memory grow with the jobs that are out, never with the
-clients that are registered; and a checkpoint is the table.
+Jobs are rows of one table and the next event is its minimum, so time and memory grow with the jobs that are out, not (but for four
+bytes each) with the clients that are registered; and a checkpoint is the table.
 """
 
 from __future__ import annotations
