@@ -459,21 +459,29 @@ def test_a_trace_is_asked_from_the_moment_the_message_is_there() -> None:
     assert send(c, [0], size=1_000_000)["computed"].tolist() == [1500 * MS]
 
 
-@given(st.lists(st.sampled_from([0, 1]), min_size=4, max_size=4), st.permutations(range(4)))
-def test_settling_is_weighing_waiting_and_taking(losses: list[int], order: list[int]) -> None:
-    """The short way for a barrier with nothing else out ends in the same time, traffic and jobs as the long one."""
-    fleet = devices(job="listed((4, 1, 3, 2))", up="listed((1, 8, 2, 4))", loss=f"listed({tuple(losses)})", duplicates=0.5)
+def test_an_exchange_where_nothing_takes_time_is_sending_weighing_waiting_and_taking() -> None:
+    """The short way ends in the same time, traffic and number of jobs as the long one, and with nothing under way."""
+    short, long = clock(ideal()), clock(ideal())
+    assert short.still and not clock(devices(job=1)).still
     sizes = torch.arange(1, 5) * 1000
-    short, long = clock(fleet), clock(fleet)
-    jobs = send(short, [0, 1, 2, 3])
-    coming = [i for i in order if jobs["arrives"][i] < NEVER]
-    done = short.settle(jobs, jobs["ticket"][coming], sizes[coming])
-    send(long, [0, 1, 2, 3])
-    long.weigh(jobs["ticket"][coming], sizes[coming])
+    short.exchange(4, 7, sizes)
+    jobs = send(long, [0, 1, 2, 3], size=7)
+    assert not long.still
+    long.weigh(jobs["ticket"], sizes)
     while len(long.out):
         wait(long, 4)
-    taken = long.take(jobs["ticket"])
-    assert np.array_equal(np.sort(taken, order="ticket"), done)
-    for name in ("time", "down", "up", "lost", "late", "duplicates", "tickets"):
-        assert getattr(short, name) == getattr(long, name), name
-    assert not len(short.out) and not len(short.arrived)
+    long.take(jobs["ticket"])
+    assert long.still
+    assert all(torch.equal(one, short.snapshot()[name]) for name, one in long.snapshot().items())
+
+
+@pytest.mark.parametrize("busy", ["at work", "arrived", "resting"])
+def test_time_is_not_still_while_anything_is_under_way(busy: str) -> None:
+    c = clock(ideal())
+    if busy == "resting":
+        c.rest(torch.tensor([0]), torch.tensor([1.0]).double())
+    else:
+        send(c, [0])
+    if busy == "arrived":
+        wait(c)
+    assert not c.still

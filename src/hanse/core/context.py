@@ -59,11 +59,12 @@ class Context:
         self.private = self.state.get("private")
         buffers = self.state.get("buffers", self.message.get("buffers", problem.start_buffers))
         if "buffers" not in self.state:  # the server's, one for all or one a domain
-            own = torch.arange(everyone, device=problem.device)
             if problem.shared_buffers.dim() > 1:
+                own = torch.arange(everyone, device=problem.device)
                 buffers = buffers[own, self.domain] if self.mixed else buffers[self.domain]
             else:
-                buffers = buffers.expand(everyone, -1).clone()
+                buffers = buffers.expand(everyone, -1)
+                buffers = buffers.clone() if buffers.numel() else buffers
         self.buffers = buffers
         self.loss = torch.zeros(everyone, dtype=problem.dtype, device=problem.device)
 

@@ -214,7 +214,7 @@ class Stacked:
         h.sub_(h.amax(-1, keepdim=True))
         own = h.gather(-1, label)
         total = h.exp_().sum(-1, keepdim=True)
-        delta = h.div_(total).scatter_add_(-1, label, own.new_full((), -1).expand(own.shape))
+        delta = h.div_(total).scatter_add_(-1, label, torch.full_like(own, -1))
         return total.log_().sub_(own).squeeze(-1), delta
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,14 +281,14 @@ class Stacked:
 
 
 class Activation(NamedTuple):
-    """An activation in place, and its backward pass in place, from the incoming gradient and the activation's output."""
+    """An activation in place, and its backward pass from the incoming gradient, which it may overwrite, and the output."""
 
     forward_: Callable[[Tensor], Tensor]
     backward_: Callable[[Tensor, Tensor], Tensor]
 
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: Activation(torch.relu_, lambda g, out: g.mul_(out > 0)),
+    nn.ReLU: Activation(torch.relu_, lambda g, out: torch.ops.aten.threshold_backward(g, out, 0)),
     nn.Tanh: Activation(torch.tanh_, lambda g, out: g.mul_(1 - out * out)),
     nn.Sigmoid: Activation(torch.sigmoid_, lambda g, out: g.mul_(out * (1 - out))),
 }

@@ -64,8 +64,9 @@ class Samples:
 
     def take(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """The samples at ``places`` in client order, any shape: ``x`` ``[*places, ...]`` and ``y``."""
-        rows = (places if self.index is None else self.index[places]).to(self.x.device)
-        return self.x[rows], self.y[rows]
+        rows = (places if self.index is None else self.index[places]).to(self.x.device).flatten()
+        x, y = self.x.index_select(0, rows), self.y.index_select(0, rows)  # a third of the time of indexing with a table
+        return x.view(*places.shape, *x.shape[1:]), y.view(*places.shape, *y.shape[1:])
 
     def of(self, client: int) -> tuple[Tensor, Tensor]:
         """All samples of one client."""
@@ -111,7 +112,6 @@ class Plan:
         lengths = steps.numpy()
         if not len(lengths):
             return
-        floating = torch.empty(0, dtype=samples.x.dtype if samples.x.is_floating_point() else torch.float64).numpy().dtype
         low, high = int(counts.min()), int(counts.max())
         place, per_pass = np.arange(self.batch), -(-high // self.batch)
         order = None
@@ -132,7 +132,8 @@ class Plan:
                 else:
                     real = place[:width] < left[:, None]
                     where = start[:, None] + place[:width] * real  # padding repeats the batch's first sample
-                    weight = torch.from_numpy((real / left[:, None]).astype(floating)).to(samples.x.device)
+                    dtype = samples.x.dtype if samples.x.is_floating_point() else torch.float64
+                    weight = torch.from_numpy(real / left[:, None]).to(samples.x.device, dtype)
             if order is not None:
                 where = np.take_along_axis(order[:active], where, 1)
             x, y = samples.take(torch.from_numpy(where + first[:active, None]))

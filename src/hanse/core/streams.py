@@ -43,6 +43,7 @@ class Streams:
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.seed, self.device = seed, torch.device(device)
+        self._generator = np.random.Generator(np.random.Philox(key=0))
 
     def words(self, purpose: str, clients: Tensor, round: Tensor | int, n: int, extra: Tensor | int = 0) -> Tensor:
         """Independent 32-bit words, int64 ``[len(clients), n]``.
@@ -66,12 +67,22 @@ class Streams:
 
     def sample(self, purpose: str, population: int, k: int, round: int, extra: int = 0) -> Tensor:
         """``k`` distinct numbers below ``population``, uniformly drawn, sorted; for small ``k`` in time and memory of order k."""
-        generator = np.random.Generator(
-            np.random.Philox(key=self._seed64(purpose, extra, round))
-        )  # seeding by key costs no hashing
-        drawn = generator.choice(population, k, replace=False, shuffle=False)
+        drawn = self._keyed(self._seed64(purpose, extra, round)).choice(population, k, replace=False, shuffle=False)
         drawn.sort()
         return torch.from_numpy(drawn).to(self.device)
+
+    def _keyed(self, key: int) -> np.random.Generator:
+        """``np.random.Generator(np.random.Philox(key=key))``, without asking the system for entropy that is then not used."""
+        state = {"counter": np.zeros(4, np.uint64), "key": np.array([key, 0], np.uint64)}
+        self._generator.bit_generator.state = {
+            "bit_generator": "Philox",
+            "state": state,
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self._generator
 
     def numpy(self, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
         """An ordinary NumPy generator for code that is not batched (partitioners, tasks)."""

@@ -17,7 +17,6 @@ from hanse.engines.arrangement import candidates
 from hanse.engines.base import Arrangement
 from hanse.engines.execution import Batch, Lane, Orders
 from hanse.engines.local import LocalNetwork
-from hanse.fleet.clock import Jobs
 from hanse.methods.base import State
 from hanse.schedules.network import Schedule
 
@@ -99,11 +98,10 @@ class Rehearsal(LocalNetwork):
         self.method: Any = Still(net)
         self.size, self.total_weight = size, 1.0
 
-    def _execute(self, jobs: Jobs, total: bool) -> list[Lane]:
-        tickets, clients, versions = (torch.from_numpy(jobs[n].copy()) for n in ("ticket", "client", "version"))
-        ones, sizes = torch.ones(len(jobs)), torch.full((len(jobs),), self.size)
-        upload = Upload(clients, ones, {}, {}, {}, ones)
-        return [Lane(batches=[Batch(tickets, versions, upload, sizes, {}, ones.bool())])]
+    def _perform(self, orders: Orders, total: bool) -> list[Lane]:
+        ones, sizes = torch.ones(len(orders)), torch.full((len(orders),), self.size)
+        upload = Upload(orders.clients, ones, {}, {}, {}, ones)
+        return [Lane(batches=[Batch(orders.tickets, orders.versions, upload, sizes, {}, ones.bool())])]
 
 
 def drive(conversation: Coroutine[Any, Any, None]) -> None:

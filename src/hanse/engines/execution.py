@@ -100,7 +100,8 @@ class Executor:
         if len(steps) and steps.min() < steps.max():  # those still at work must always be the first ones
             orders = orders.take(torch.from_numpy((-steps).argsort(kind="stable")))
         torch.set_num_threads(how.threads)
-        batches = [orders.take(slice(i, i + how.chunk)) for i in range(0, len(orders), how.chunk)]
+        whole = len(orders) <= how.chunk
+        batches = [orders] if whole else [orders.take(slice(i, i + how.chunk)) for i in range(0, len(orders), how.chunk)]
         workers = min(how.workers, len(batches))
         if workers == 1:
             return [self._lane(batches, how, total)]

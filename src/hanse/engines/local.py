@@ -74,6 +74,13 @@ def continues(saved: Tensors, start: Tensors) -> bool:
     return saved.keys() == start.keys() and alike(tables, start)
 
 
+def side_by_side(parts: list[Tensor], empty: Tensor) -> Tensor:
+    """The parts one after the other; ``empty`` if there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else empty
+
+
 def weights_of(lanes: list[Lane]) -> tuple[np.ndarray, Tensor]:
     """Tickets and bytes of what has been executed."""
     batches = [batch for lane in lanes for batch in lane.batches]
@@ -138,8 +145,7 @@ class LocalNetwork:
         self.clock = Clock(federation.fleet, federation.population, self.streams)
         self.executor = Executor(self.problem, self.samples, method, codec, self.streams, self.kept, self.paths, engine.shortcuts)
         self.pending = Pending()
-        timed = federation.fleet.profile(federation.population, torch.zeros(1).long()) is not None
-        self.work = self.problem.sample_flops(self.samples.x[:1]) * method.gradients if timed else 0.0
+        self.work = 0.0 if self.clock.timeless else self.problem.sample_flops(self.samples.x[:1]) * method.gradients
         self.footprint = self._footprint()
         self.state: State = {}
         self.notes: Tensors = {}
@@ -204,14 +210,16 @@ class LocalNetwork:
         while len(drawn) < k and size < free:  # some are away: ask more, in an order of their own
             size = min(4 * size, free)
             asked = self.streams.numpy("cohort.more", self._draws, self.round).choice(free, size, replace=False)
-            drawn = self._there(torch.from_numpy(asked), busy)[:k]
-        return drawn.sort().values
+            drawn = self._there(torch.from_numpy(asked), busy)[:k].sort().values
+        return drawn
 
     def _there(self, places: Tensor, busy: np.ndarray) -> Tensor:
         """Those of the clients at ``places`` among the free ones who are there."""
-        before = np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right")  # those at work up to there
-        ids = places + torch.from_numpy(before)
-        return ids[self.there(ids)]
+        if len(busy):
+            before = np.searchsorted(busy - np.arange(len(busy)), places.numpy(), side="right")  # those at work up to there
+            places = places + torch.from_numpy(before)
+        here = self.there(places)
+        return places if bool(here.all()) else places[here]
 
     def there(self, clients: Tensor) -> Tensor:
         return self.federation.fleet.trace.online(self.federation.population, clients, self.now, self.round)
@@ -224,20 +232,23 @@ class LocalNetwork:
         self._send(clients, work, message, steps, patience)
 
     def _send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float) -> Jobs:
-        counts = self.samples.counts(clients)
+        counts, who = self.samples.counts(clients), clients.numpy()
         lengths = self.plan.lengths(counts) if steps is None else steps
         flops = self.work * self.plan.seen(counts, lengths) if self.work else lengths.new_zeros(1)
         task = Work(lengths, flops, self.footprint)
-        who = clients.numpy()
-        keys = np.maximum(self.round, self.keys[who] + 1)  # the round, or later for a client that has had this version before
         if len(self.arrived) and self.kept.widths:
             self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
         number = self.pending.post(work, message)
-        jobs = self.clock.send(clients, self.round, keys, number, wire_size(message), task, patience)
-        self._sent.append((who, self.keys[who]))
+        return self.clock.send(clients, self.round, self._keys(who), number, wire_size(message), task, patience)
+
+    def _keys(self, who: np.ndarray) -> np.ndarray:
+        """What the chance of the next job of each client is drawn for: the round, or later if it has had this version before."""
+        before = self.keys[who]
+        keys: np.ndarray = np.maximum(self.round, before + 1, dtype=np.int64)
+        self._sent.append((who, before))
         self.keys[who] = keys
-        return jobs
+        return keys
 
     def _footprint(self) -> float:
         """Bytes a client needs to train: weights, gradient, the optimiser's vectors, and what it keeps."""
@@ -274,24 +285,35 @@ class LocalNetwork:
         self._execute_unless_known(self.arrived["ticket"], jobs["ticket"])
         self.pending.remember(jobs["ticket"], self.kept)
         found = self.pending.take(jobs["ticket"], scale)
-        return self._reply(self.clock.take(jobs["ticket"]), found, total)
+        return self._reply(self._starts(self.clock.take(jobs["ticket"])), found, total)
 
     async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
-        alone = not len(self.clock.out) and not len(self.clock.rests)
-        jobs = self._send(clients, work, message, None, math.inf)
-        coming = jobs[jobs["arrives"] < NEVER]
-        lanes = self._execute(coming, total=True) if len(coming) else []
-        tickets, sizes = weights_of(lanes)
-        if alone:
-            done = self.clock.settle(jobs, tickets, sizes)
+        if self.clock.still:  # there are no events to keep
+            lanes, starts = self._at_once(clients, work, message), {self.round: message}
         else:
-            self.clock.weigh(tickets, sizes)
+            jobs = self._send(clients, work, message, None, math.inf)
+            coming = jobs[jobs["arrives"] < NEVER]
+            lanes = self._execute(coming, total=True) if len(coming) else []
+            self.clock.weigh(*weights_of(lanes))
             while bool((self.out["ticket"] >= jobs["ticket"].min(initial=NEVER)).any()):
                 await self.wait(replies=len(jobs))
-            done = self.clock.take(jobs["ticket"])
+            starts = self._starts(self.clock.take(jobs["ticket"]))
         for batch in (batch for lane in lanes for batch in lane.batches if batch.kept):
             self.kept.write(batch.upload.clients, batch.kept)
-        return self._reply(done, Collected(lanes, [], None), None)
+        return self._reply(starts, Collected(lanes, [], None), None)
+
+    def _at_once(self, clients: Tensor, work: str, message: Tensors) -> list[Lane]:
+        keys, zeros = torch.from_numpy(self._keys(clients.numpy())), torch.zeros_like(clients)
+        steps = self.plan.lengths(self.samples.counts(clients))
+        orders = Orders(work, [message], clients, clients, keys, torch.full_like(clients, self.round), steps, zeros)
+        lanes = self._perform(orders, total=True) if len(clients) else []
+        self.clock.exchange(len(clients), wire_size(message), weights_of(lanes)[1])
+        return lanes
+
+    def _starts(self, jobs: Jobs) -> dict[int, Tensors]:
+        """The messages that ``jobs`` started from, by version."""
+        pairs = zip(jobs["version"].tolist(), jobs["message"].tolist(), strict=True)
+        return {version: self.pending.messages[number].tensors for version, number in pairs}
 
     async def commit(self, state: State, notes: Tensors | None = None) -> None:
         self.round, self.state, self.notes, self._draws = self.round + 1, state, notes or {}, 0
@@ -340,44 +362,40 @@ class LocalNetwork:
             torch.from_numpy(jobs[name].copy()) for name in ("ticket", "client", "key", "version", "steps")
         )
         tensors, place = [m.tensors for m in messages], torch.from_numpy(which)
-        orders = Orders(messages[0].work, tensors, tickets, clients, keys, versions, steps, place)
+        return self._perform(Orders(messages[0].work, tensors, tickets, clients, keys, versions, steps, place), total)
+
+    def _perform(self, orders: Orders, total: bool) -> list[Lane]:
         if self.arrangement is None:
             self.arrangement = fastest(self, replace(orders, work="train"))  # an opening is over at once
             self.engine = local(**{**dict(self.engine), **self.arrangement._asdict()})
         lanes = self.executor.run(orders, self.arrangement, total)
         batches = [batch for lane in lanes for batch in lane.batches]
-        loss = torch.cat([b.upload.loss for b in batches])
-        if not bool(torch.isfinite(loss).all()):
-            who = torch.cat([b.upload.clients for b in batches])
+        loss = side_by_side([b.upload.loss for b in batches], self.problem.start)
+        if not math.isfinite(float(loss.double().sum())):
+            who = side_by_side([b.upload.clients for b in batches], orders.clients)
             bad = int(who[~torch.isfinite(loss.cpu())][0])
             raise DivergedError(
                 f"training loss of client {bad} in round {self.round + 1} is not finite; lower lr ({self.method.lr}) or set clip"
             )
         return lanes
 
-    def _reply(self, jobs: Jobs, found: Collected, total: float | None) -> Reply:
+    def _reply(self, starts: dict[int, Tensors], found: Collected, total: float | None) -> Reply:
         """What the server sees of collected jobs."""
         batches = [batch for lane in found.lanes for batch in lane.batches]
         uploads = [batch.upload for batch in batches]
         names = uploads[0].rows if uploads else {}
         flags = uploads[0].senders if uploads else {}
-
-        def side_by_side(parts: list[Tensor], empty: Tensor) -> Tensor:
-            return torch.cat(parts) if parts else empty
-
-        none, nothing = torch.zeros(0, dtype=torch.long), self.problem.start.new_zeros(0)
+        none, nothing = self.cohort[:0], self.problem.start[:0]
         reply = Reply(
             clients=side_by_side([u.clients for u in uploads], none),
             versions=side_by_side([b.versions for b in batches], none),
             weight=side_by_side([u.weight for u in uploads], nothing),
             sums=joined([lane.sums for lane in found.lanes]),
-            rows={n: torch.cat([u.rows[n] for u in uploads]) for n in names},
-            senders={n: torch.cat([u.senders[n] for u in uploads]) for n in flags},
+            rows={n: side_by_side([u.rows[n] for u in uploads], nothing) for n in names},
+            senders={n: side_by_side([u.senders[n] for u in uploads], none) for n in flags},
             loss=side_by_side([u.loss for u in uploads], nothing),
             population=self.clients,
-            starts={
-                v: self.pending.messages[m].tensors for v, m in zip(jobs["version"].tolist(), jobs["message"].tolist(), strict=True)
-            },
+            starts=starts,
             scaled=None if found.scale is None else joined(found.scaled),
             scale=found.scale,
             total=total,
@@ -385,11 +403,13 @@ class LocalNetwork:
             problem=self.problem,
         )
         if len(reply):
-            self.cohort = torch.cat([self.cohort, reply.clients])
-            self.loss = float(reply.loss.double() @ reply.weight.double() / reply.weight.sum())
-            self.staleness = float((self.round - reply.versions).double().mean())
+            self.cohort = torch.cat([self.cohort, reply.clients]) if len(self.cohort) else reply.clients
+            loss, weight = reply.loss.cpu().double().numpy(), reply.weight.cpu().double().numpy()
+            total_weight = float(weight.sum())
+            self.loss = float(loss @ weight) / total_weight if total_weight else math.nan
+            self.staleness = self.round - int(reply.versions.sum()) / len(reply)
             self.updates += len(reply)
-            np.add.at(self.taken.numpy(), reply.clients.numpy(), 1)
+            self.taken.index_add_(0, reply.clients, torch.ones_like(reply.clients, dtype=self.taken.dtype))
         return reply
 
     # ---- saving

@@ -124,8 +124,10 @@ class Pending:
         """Drop messages and results that no job under way refers to any more."""
         used = {*clock.out["message"].tolist(), *clock.arrived["message"].tolist()}
         self.messages = {i: m for i, m in self.messages.items() if i in used}
+        if not self.results:
+            return
         there = np.concatenate([clock.out["ticket"], clock.arrived["ticket"]])
-        known = np.concatenate([r.batch.tickets.numpy() for r in self.results]) if self.results else there
+        known = np.concatenate([r.batch.tickets.numpy() for r in self.results])
         gone = known[(known != GONE) & ~among(known, there)]
         if len(gone):
             self.drop(gone)

@@ -9,6 +9,7 @@ bytes each) with the clients that are registered; and a checkpoint is the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +98,8 @@ class Clock:
         self.time = self.down = self.up = self.late = self.lost = self.duplicates = self.tickets = 0
         self.out, self.arrived = np.empty(0, JOB), np.empty(0, JOB)
         self.rests = np.empty((0, 2), np.int64)
-        self._timeless = False
+        self.timeless = fleet.profile(population, torch.zeros(1, dtype=torch.long)) is None
+        """Whether every device and link is infinitely fast."""
         self._slot, self._drawn = np.full(population.size, -1, np.int32), torch.empty(0, dtype=torch.float64)
         self.ended: list[tuple[Jobs, int, bool]] = []
         """Jobs that came to an end, when, and whether the server used them; emptied by whoever reads it."""
@@ -127,7 +129,7 @@ class Clock:
         jobs["client"], jobs["version"], jobs["key"], jobs["message"] = who, version, keys, message
         jobs["steps"], jobs["sent"] = work.steps.numpy(), self.time
         jobs["rate"] = np.inf
-        jobs["expires"] = min(self.time + int(nanoseconds(patience)), NEVER)
+        jobs["expires"] = NEVER if math.isinf(patience) else min(self.time + int(nanoseconds(patience)), NEVER)
         self.tickets += len(who)
         self.down += size * len(who)
         for name in ("received", "computed", "arrives"):
@@ -139,15 +141,13 @@ class Clock:
 
     def _profile(self, clients: Tensor) -> Profile | None:
         """The devices of ``clients``; each is drawn once, when it first gets a job."""
-        if self._timeless or not len(clients):
+        if self.timeless or not len(clients):
             return None
         who = clients.numpy()
         new = np.unique(who[self._slot[who] < 0])
         if len(new):
             drawn = self.fleet.profile(self.population, torch.from_numpy(new))
-            if drawn is None:
-                self._timeless = True
-                return None
+            assert drawn is not None
             self._slot[new] = len(self._drawn) + np.arange(len(new))
             self._drawn = torch.cat([self._drawn.reshape(-1, len(drawn)), torch.stack([*drawn], 1)])
         return Profile(*self._drawn[torch.from_numpy(self._slot[who]).long()].unbind(1))
@@ -169,23 +169,16 @@ class Clock:
         drawn = self.streams.uniform(purpose, clients, torch.from_numpy(jobs["key"].copy()))[:, 0]
         return (drawn < probability).numpy()
 
-    def settle(self, jobs: Jobs, tickets: NDArray[np.int64], sizes: Tensor) -> Jobs:
-        """``jobs`` are all that is out, and all their replies are waited for: ``weigh``, ``advance`` and ``take`` in one.
+    @property
+    def still(self) -> bool:
+        """Whether nothing takes time on this fleet and nothing is under way."""
+        return self.timeless and not (len(self.out) or len(self.arrived) or len(self.rests))
 
-        Of ``tickets``, those that will arrive, the replies have ``sizes`` bytes. Returns the jobs that brought one.
-        """
-        self.out = self.out[:0]
-        coming = jobs["arrives"] < NEVER
-        done, lost = jobs[coming], jobs[~coming]
-        order = np.argsort(tickets)  # that of ``done``
-        done["up"], done["known"] = sizes.numpy()[order], 1
-        done["arrives"] += nanoseconds(done["up"] / done["rate"])
-        self.time = int(done["arrives"].max(initial=self.time))
-        self.up += int((done["up"] * (1 + done["twice"])).sum())
-        self.duplicates += int(done["twice"].sum())
-        self.lost += len(lost)
-        self.ended += [(lost, self.time, False), (done, self.time, True)]
-        return done
+    def exchange(self, clients: int, down: int, up: Tensor) -> None:
+        """So many clients get a message of ``down`` bytes each and send replies of ``up`` bytes, int64, while time is ``still``."""
+        self.tickets += clients
+        self.down += down * clients
+        self.up += int(up.sum())
 
     def weigh(self, tickets: NDArray[np.int64], sizes: Tensor) -> None:
         """The replies of ``tickets``, which will arrive or have, are of ``sizes`` bytes, int64; from now on it is known when."""
