@@ -17,7 +17,8 @@ CHANGED = {
     "method": ["FedAvg(lr=0.2)", "Scaffold"],
     "schedule": ["synchronous(cohort=3)", "fedbuff(buffer=2)"],
     "cohort": 5,
-    "codec": "topk(0.2)",
+    "codec": ["topk(0.2)", "feedback(topk(0.1) | sign)"],
+    "down": "cast",
     "engine": 'local(path="loop")',
     "rounds": 9,
     "seconds": 12.5,
@@ -55,7 +56,7 @@ def test_any_text_survives_toml(tmp_path_factory: pytest.TempPathFactory, text: 
 
 def test_text_from_flags_means_the_same_as_toml() -> None:
     flags = {
-        n: v if n in ("method", "schedule") else " ".join(map(str, v)) if isinstance(v, list) else str(v)
+        n: v if n in ("method", "schedule", "codec") else " ".join(map(str, v)) if isinstance(v, list) else str(v)
         for n, v in CHANGED.items()
     }
     assert Settings.read(None, flags) == Settings.read(None, CHANGED)
@@ -112,13 +113,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_parts_are_built_on_demand() -> None:
-    rules, schedules, codec, engine = Settings.read(None, CHANGED).parts()
-    assert [str(p) for p in (*rules, *schedules, codec)] == [
+    rules, schedules, codecs, down, engine = Settings.read(None, CHANGED).parts()
+    assert [str(p) for p in (*rules, *schedules, *codecs, down)] == [
         "FedAvg(lr=0.2)",
         "Scaffold",
         "synchronous(cohort=5)",
         "fedbuff(buffer=2, cohort=5)",
         "topk(fraction=0.2)",
+        "feedback(codec=topk | sign)",
+        "cast",
     ]
     assert engine.path == "loop"
 

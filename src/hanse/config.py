@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -63,8 +63,10 @@ class Settings(BaseModel):
     """When who talks to whom, e.g. synchronous(cohort=10); with several, each rule is run under each."""
     cohort: PositiveInt | None = None
     """Clients per round; overrides the schedule's own."""
-    codec: str = "identity"
-    """How much travels from the clients, e.g. topk(0.1)."""
+    codec: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)] = ("identity",)
+    """How much travels from the clients, e.g. 'topk(0.1) | uniform(8)'; with several, each is compared."""
+    down: str = "identity"
+    """How much travels to the clients, e.g. cast."""
     engine: str = "local"
     """Where it runs, e.g. local(path="loop", workers=2)."""
     rounds: PositiveInt = 100
@@ -145,8 +147,8 @@ class Settings(BaseModel):
             device=self.device,
         )
 
-    def parts(self) -> tuple[list[Method], list[Schedule], Codec, local]:
-        """The rules, the schedules, the codec and the engine; raises ``ConfigError`` on the first that is wrong."""
+    def parts(self) -> Parts:
+        """What the settings name; raises ``ConfigError`` on the first that is wrong."""
         from hanse.codecs import Codec
         from hanse.engines import local
         from hanse.methods import Method
@@ -158,4 +160,20 @@ class Settings(BaseModel):
                 if "cohort" not in type(schedule).model_fields:
                     raise ConfigError(f"cohort: {self.cohort} is not allowed: {schedule} has no cohort")
             schedules = [type(s)(**{**dict(s), "cohort": self.cohort}) for s in schedules]
-        return [Method.parse(m) for m in self.method], schedules, Codec.parse(self.codec), local.parse(self.engine)
+        return Parts(
+            methods=[Method.parse(m) for m in self.method],
+            schedules=schedules,
+            codecs=[Codec.parse(c) for c in self.codec],
+            down=Codec.parse(self.down),
+            engine=local.parse(self.engine),
+        )
+
+
+class Parts(NamedTuple):
+    """The rules, schedules and codecs to be compared, the codec to the clients, and the engine."""
+
+    methods: list[Method]
+    schedules: list[Schedule]
+    codecs: list[Codec]
+    down: Codec
+    engine: local

@@ -167,6 +167,7 @@ def run(
     rounds: int = 100,
     seconds: float | None = None,
     codec: Codec | None = None,
+    down: Codec | None = None,
     engine: local | None = None,
     seed: int | None = None,
     evaluate: int = 1,
@@ -184,13 +185,14 @@ def run(
     a state from which it can be resumed. Raises
     ``DivergedError`` when the training loss is not finite, after saving the last good round.
     """
-    schedule, codec, engine = schedule or synchronous(), codec or identity(), engine or local()
+    schedule, codec, down, engine = schedule or synchronous(), codec or identity(), down or identity(), engine or local()
     seed = federation.seed if seed is None else seed
     folder = None if out is None else Folder(Path(out))
     settings = federation.settings() | {
         "method": method.full(),
         "schedule": schedule.full(),
         "codec": codec.full(),
+        "down": down.full(),
         "engine": engine.full(),
         "rounds": str(rounds),
         **({} if seconds is None else {"seconds": str(seconds)}),
@@ -208,7 +210,7 @@ def run(
         if "arrangement" in result.notes:
             engine = local.parse(result.notes["arrangement"])
     end = math.inf if seconds is None else seconds
-    net = LocalNetwork(federation, method, engine, codec, seed=seed, rounds=rounds, seconds=end, on_commit=recorder)
+    net = LocalNetwork(federation, method, engine, codec, down, seed=seed, rounds=rounds, seconds=end, on_commit=recorder)
     if folder is not None and resume:
         saved = folder.load()
         if saved is not None:
@@ -257,7 +259,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
     """
     path = Path(folder)
     settings = Settings.read(None, Folder(path).read().settings)
-    (method,), (schedule,), codec, engine = settings.parts()
+    (method,), (schedule,), (codec,), down, engine = settings.parts()
     return run(
         federation or settings.federation(settings.seed[0]),
         method,
@@ -265,6 +267,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
         rounds=settings.rounds,
         seconds=settings.seconds,
         codec=codec,
+        down=down,
         engine=engine,
         seed=settings.seed[0],
         evaluate=settings.evaluate,

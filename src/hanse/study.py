@@ -1,4 +1,4 @@
-"""A study: every rule under every schedule with every seed, in one folder, with one report."""
+"""A study: every rule under every schedule through every codec with every seed, in one folder, with one report."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 
+from hanse.codecs.base import Codec
 from hanse.config import Settings
 from hanse.core.errors import CheckpointError
 from hanse.core.part import Part
@@ -39,6 +41,7 @@ class Cell(NamedTuple):
 
     method: Method
     schedule: Schedule
+    codec: Codec
     seed: int
     path: Path
 
@@ -48,7 +51,7 @@ P = TypeVar("P", bound=Part)
 
 def numbered(parts: Sequence[P]) -> dict[str, P]:
     """Parts by name in lower case, with a number where a name appears more than once."""
-    names = [type(part).__name__.lower() for part in parts]
+    names = [part.short_name.lower() for part in parts]
     labels = [n if names.count(n) == 1 else f"{n}-{names[:i].count(n) + 1}" for i, n in enumerate(names)]
     return dict(zip(labels, parts, strict=True))
 
@@ -61,7 +64,7 @@ class Study:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.methods, self.schedules, self.codec, self.engine = settings.parts()
+        self.methods, self.schedules, self.codecs, self.down, self.engine = settings.parts()
         self.console = Console(stderr=True)
         self.stopped, self.single, self.net = False, False, None
         self.federations: dict[int, Federation] = {}
@@ -88,21 +91,20 @@ class Study:
         return self.federations[seed]
 
     def cells(self) -> Iterator[Cell]:
-        """Every rule under every schedule with every seed, and its folder; of a single run, the study's own."""
+        """Every rule under every schedule through every codec with every seed, and its folder; of a single run, the study's own."""
         if self.single:
-            yield Cell(self.methods[0], self.schedules[0], self.settings.seed[0], self.folder)
+            yield Cell(self.methods[0], self.schedules[0], self.codecs[0], self.settings.seed[0], self.folder)
             return
-        rules, schedules = numbered(self.methods), numbered(self.schedules)
-        for seed in self.settings.seed:
-            for rule, method in rules.items():
-                for name, schedule in schedules.items():
-                    label = f"{rule}-{name}" if len(schedules) > 1 else rule
-                    yield Cell(method, schedule, seed, self.folder / f"{label}-seed{seed}")
+        rules, schedules, codecs = numbered(self.methods), numbered(self.schedules), numbered(self.codecs)
+        for seed, rule, schedule, codec in product(self.settings.seed, rules, schedules, codecs):
+            label = [rule, *([schedule] if len(schedules) > 1 else []), *([codec] if len(codecs) > 1 else [])]
+            path = self.folder / f"{'-'.join(label)}-seed{seed}"
+            yield Cell(rules[rule], schedules[schedule], codecs[codec], seed, path)
 
     @property
     def count(self) -> int:
         """Number of runs."""
-        return len(self.methods) * len(self.schedules) * len(self.settings.seed)
+        return len(self.methods) * len(self.schedules) * len(self.codecs) * len(self.settings.seed)
 
     def interrupt(self, *_: Any) -> None:
         """Stop after the current round; a second time, at once."""
@@ -115,7 +117,7 @@ class Study:
 
     def estimate(self) -> Estimate:
         """Expected costs of all runs together, from two probe clients, one evaluation and a rehearsal of each."""
-        parts = [self._estimate_one(method, schedule) for method in self.methods for schedule in self.schedules]
+        parts = [self._estimate_one(*cell) for cell in product(self.methods, self.schedules, self.codecs)]
         seeds = len(self.settings.seed)
         return Estimate(
             wall=seeds * sum(p.wall for p in parts),
@@ -125,14 +127,14 @@ class Study:
             memory=max(p.memory for p in parts),
         )
 
-    def _estimate_one(self, method: Method, schedule: Schedule) -> Estimate:
+    def _estimate_one(self, method: Method, schedule: Schedule, codec: Codec) -> Estimate:
         from dataclasses import replace
 
         from hanse.experiment import evaluate
 
         seed, rounds = self.settings.seed[0], self.settings.rounds
         end = self.settings.seconds or math.inf
-        net = LocalNetwork(self.federation(seed), method, self.engine, self.codec, seed=seed, rounds=rounds, seconds=end)
+        net = LocalNetwork(self.federation(seed), method, self.engine, codec, self.down, seed=seed, rounds=rounds, seconds=end)
         found = estimate(net, schedule)
         net.begin(method.init(net.problem))
         evaluate(net)
@@ -191,7 +193,8 @@ class Study:
             cell.schedule,
             rounds=self.settings.rounds,
             seconds=self.settings.seconds,
-            codec=self.codec,
+            codec=cell.codec,
+            down=self.down,
             engine=self.engine,
             seed=cell.seed,
             evaluate=self.settings.evaluate,
@@ -236,8 +239,10 @@ class Study:
 
     def report(self, runs: list[Run]) -> Path:
         """Write ``report.html`` and the pictures."""
-        parts = self.methods if len(self.schedules) == 1 else [*self.methods, *self.schedules]
-        return write_report(runs, self.folder, f"{self.folder.name}: {', '.join(type(part).__name__ for part in parts)}")
+        compared: list[Sequence[Part]] = [self.methods, *(parts for parts in (self.schedules, self.codecs) if len(parts) > 1)]
+        return write_report(
+            runs, self.folder, f"{self.folder.name}: {', '.join(part.short_name for parts in compared for part in parts)}"
+        )
 
 
 def runs_in(folder: Path) -> list[Run]:

@@ -20,6 +20,8 @@ REQUIRED: dict[str, object] = {
     **dict.fromkeys(("classes", "shares"), (1, 2)),
     "values": (1, 2.5),
     "parts": (1, "exponential(2)"),
+    "stages": ("topk", "uniform"),
+    "codec": "topk(0.2) | sign",
 }
 
 

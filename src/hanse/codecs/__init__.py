@@ -1,6 +1,38 @@
 """How much travels: vectors to bytes and back."""
 
-from hanse.codecs.base import Codec, identity
-from hanse.codecs.topk import topk
+from hanse.codecs.base import Codec, Sending, Sent, identity
+from hanse.codecs.chain import chain, layers
+from hanse.codecs.coders import bitmap, elias, gaps, golomb, huffman, packed, positions, shortest
+from hanse.codecs.feedback import feedback
+from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
+from hanse.codecs.sparse import randomk, threshold, topk
+from hanse.codecs.zstd import zstd
 
-__all__ = ["Codec", "identity", "topk"]
+__all__ = [
+    "Codec",
+    "Sending",
+    "Sent",
+    "bitmap",
+    "cast",
+    "chain",
+    "elias",
+    "feedback",
+    "gaps",
+    "golomb",
+    "huffman",
+    "identity",
+    "int8",
+    "kmeans",
+    "layers",
+    "nf4",
+    "packed",
+    "positions",
+    "randomk",
+    "shortest",
+    "sign",
+    "ternary",
+    "threshold",
+    "topk",
+    "uniform",
+    "zstd",
+]

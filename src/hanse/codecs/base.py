@@ -1,39 +1,111 @@
-"""What every codec is: a vector to bytes and back."""
+"""What every codec is: vectors to bytes and back."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import ast
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from hanse.core.errors import CodecError
+from hanse.core.layout import Layout
+from hanse.core.messages import Tensors
 from hanse.core.part import Part
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How vectors of one name are sent, axis 0 = client.
+
+    ``seeds`` int64 ``[C]`` is what a codec draws from, and all it may: the same seed gives the same bytes. ``share`` float64
+    ``[C]`` is the part of the entries that each client may send where the server has allotted that. ``memory`` has the rows
+    ``[C, P]`` that these clients keep for this name between messages; a codec that keeps something replaces them. ``masks``:
+    whether it is asked which entries were sent.
+    """
+
+    layout: Layout
+    seeds: Tensor
+    share: Tensor | None = None
+    memory: Tensors = field(default_factory=dict)
+    masks: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor, layout: Layout | None = None, seed: int = 0) -> Sending:
+        """One vector ``[P]`` of no particular layout."""
+        return cls(layout or Layout({"": tuple(x.shape)}), torch.tensor([seed]))
+
+
+class Sent(NamedTuple):
+    """What arrives: ``values`` ``[C, P]``, the ``sizes`` of the messages in bytes, int64 ``[C]``, and which entries were sent
+    at all, ``kept`` bool ``[C, P]`` (None: all of them).
+    """
+
+    values: Tensor
+    sizes: Tensor
+    kept: Tensor | None = None
 
 
 class Codec(Part):
     """Base of all codecs. ``decode(encode(x))`` equals a row of ``roundtrip`` bit for bit, with the same number of bytes.
 
-    A codec changes what the server receives, not what a client remembers of what it sent.
+    A codec changes what the server receives, not what a client remembers of what it sent. ``a | b`` is first a, then b.
     """
 
     kind: ClassVar[str] = "codec"
     abstract: ClassVar[bool] = True
     plain: ClassVar[bool] = False
     """Whether tensors travel as they are."""
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Names of the rows a client keeps between messages."""
 
-    def encode(self, x: Tensor) -> bytes:
+    @property
+    def sparse(self) -> bool:
+        """Whether some entries are not sent at all, or only in sum."""
+        return False
+
+    def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
         """A vector ``[P]`` as bytes."""
         raise TypeError(f"{type(self).__name__} does not define encode")
 
-    def decode(self, data: bytes) -> Tensor:
-        """Bytes back to a vector; raises ``CodecError`` on anything that ``encode`` did not make."""
+    def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
+        """Bytes back to a vector; raises ``CodecError`` on anything that ``encode`` did not make, and where a ``layout`` is given
+        on anything that does not have its size.
+        """
         raise TypeError(f"{type(self).__name__} does not define decode")
 
-    def roundtrip(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``[C, P]`` to what arrives, ``[C, P]``, and the bytes of each row, int64 ``[C]``; may change ``rows``."""
-        coded = [self.encode(row) for row in rows]
-        return torch.stack([self.decode(data) for data in coded]).to(rows.device), torch.tensor([len(data) for data in coded])
+    def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
+        """``[C, P]`` to what arrives; may change ``rows``."""
+        one = [replace(sending, seeds=seed[None]) for seed in sending.seeds]
+        coded = [self.encode(row, each) for row, each in zip(rows, one, strict=True)]
+        values = [self.decode(data, sending.layout) for data in coded]
+        return Sent(torch.stack(values).to(rows.device), torch.tensor([len(data) for data in coded]))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """As for every part, and ``a | b`` for a chain."""
+        stages = _pipeline(text)
+        if len(stages) == 1:
+            return super().parse(text)
+        parsed: Self = cls.named("chain")(stages=tuple(stages))
+        return parsed
+
+    def __or__(self, then: Codec) -> Codec:
+        return Codec.named("chain")(stages=(*getattr(self, "stages", (self,)), *getattr(then, "stages", (then,))))
+
+
+def _pipeline(text: str) -> list[str]:
+    """The parts of ``a | b(c | d) | e``."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        return [text]
+    stages: list[str] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        stages.insert(0, ast.unparse(node.right))
+        node = node.left
+    return [ast.unparse(node), *stages] if stages else [text]
 
 
 class identity(Codec):
@@ -41,27 +113,19 @@ class identity(Codec):
 
     plain: ClassVar[bool] = True
 
-    def encode(self, x: Tensor) -> bytes:
+    def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
         from safetensors.torch import save
 
         return save({"x": x.contiguous()})
 
-    def decode(self, data: bytes) -> Tensor:
-        x = read(data, ("x",))["x"]
-        if x.dim() != 1:
-            raise CodecError(f"identity: got shape {tuple(x.shape)}, expected a vector")
-        return x
+    def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
-
-def read(data: bytes, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """A safetensors file with exactly the given names; raises ``CodecError`` otherwise."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors: dict[str, Tensor] = load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CodecError(f"not a valid encoding: {error}") from None
-    if set(tensors) != set(names):
-        raise CodecError(f"not a valid encoding: found {sorted(tensors)}, expected {sorted(names)}")
-    return tensors
+        try:
+            tensors: Tensors = load(data)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CodecError(f"not a valid encoding: {error}") from None
+        if set(tensors) != {"x"} or tensors["x"].dim() != 1 or (layout is not None and len(tensors["x"]) != layout.size):
+            raise CodecError(f"identity: got {[(n, tuple(t.shape)) for n, t in tensors.items()]}, expected a vector 'x'")
+        return tensors["x"]

@@ -95,6 +95,11 @@ class Part(_Model):
         inside = ", ".join(f"{k}={v.full() if isinstance(v, Part) else repr(v)}" for k, v in values.items())
         return f"{type(self).__name__}({inside})"
 
+    @property
+    def short_name(self) -> str:
+        """What it is called in names of folders and in titles."""
+        return type(self).__name__
+
     @classmethod
     def registry(cls) -> dict[str, type[Self]]:
         """Every concrete class of this kind, by name."""
@@ -143,11 +148,11 @@ def _fold(name: str) -> str:
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal, or the source text of a nested part, which the field it goes to parses as its own kind."""
+    """A literal, or the source text of a nested part, which the field it goes to parses as its own kind; or several of these."""
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        return ast.unparse(node)
+        return tuple(map(_value, node.elts)) if isinstance(node, ast.Tuple | ast.List) else ast.unparse(node)
 
 
 def explain(error: ValidationError, owner: str) -> str:

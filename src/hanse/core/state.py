@@ -20,7 +20,8 @@ class ClientState:
     """Rows of ``widths[name]`` numbers for ``clients`` clients; a row not yet written reads as ``initial[name]`` (default zeros),
     which is ``[width]`` for all or ``[clients, width]``.
 
-    ``folder`` keeps the rows in memory-mapped files there instead of in memory.
+    Names that are written but were not announced get rows of zeros for everyone. ``folder`` keeps the rows in memory-mapped files
+    there instead of in memory.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class ClientState:
         capacity = max(needed, 2 * len(next(iter(self.rows.values()))) if self.rows else 0)
         for name, width in self.widths.items():
             if self.folder is None:
-                new = torch.empty(capacity, width, dtype=self.dtype, device=self.device)
+                new = torch.zeros(capacity, width, dtype=self.dtype, device=self.device)
             else:
                 new = _mapped(self.folder / f"{name}.{capacity}.rows", (capacity, width), self.dtype)
             if name in self.rows:
@@ -76,8 +77,12 @@ class ClientState:
         return start[ids.to(start.device)] if start.dim() > 1 else start.expand(len(ids), -1).clone()
 
     def write(self, ids: Tensor, rows: Tensors) -> None:
-        """Replace the rows of ``ids``, creating those that are new. ``rows`` holds every name."""
+        """Replace the rows of ``ids``, creating those that are new. ``rows`` holds every name that was announced."""
         ids = ids.cpu()
+        fresh = {name: values.shape[1] for name, values in rows.items() if name not in self.widths}
+        if fresh:
+            self.widths |= fresh
+            self._grow(len(next(iter(self.rows.values()))) if self.rows else self.used)
         new = ids[self.slot[ids] < 0]
         if len(new):
             end = self.used + len(new)
@@ -100,19 +105,21 @@ class ClientState:
 
     def restore(self, saved: Tensors) -> None:
         """Bring a snapshot back; raises ``CheckpointError`` if it is of other rows."""
-        if not self.widths:
+        if not self.widths and not saved:
             return
         wrong = [n for n, w in self.widths.items() if n not in saved or saved[n].shape[1:] != (w,) or saved[n].dtype != self.dtype]
         if "owners" not in saved or wrong:
             raise CheckpointError(f"client state: the checkpoint lacks rows {wrong or ['owners']} of the expected width and type")
         owners = saved["owners"]
         fits = owners.dtype == torch.int64 and bool(((owners >= 0) & (owners < len(self.slot))).all())
-        if not fits or len(set(owners.tolist())) < len(owners) or any(saved[n].shape[0] != len(owners) for n in self.widths):
+        rows = {name: values for name, values in saved.items() if name != "owners"}
+        fits = fits and all(r.dim() == 2 and len(r) == len(owners) and r.dtype == self.dtype for r in rows.values())
+        if not fits or len(set(owners.tolist())) < len(owners):
             raise CheckpointError(f"client state: the checkpoint's rows are not of {len(self.slot)} clients")
         self.slot.fill_(-1)
         self.used = 0
         if len(owners):
-            self.write(owners, {name: saved[name] for name in self.widths})
+            self.write(owners, rows)
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,8 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
     more = one if len(probes) < 2 or how.chunk == 1 else max(two - one, 0.05 * two)  # batched clients share the overhead of one
     row, itemsize = net.problem.layout.size, net.problem.start.element_size()
     side_by_side = min(each, how.chunk) * lanes
-    kept = sum(net.kept.widths.values()) * min(net.clients, total * each)
+    width = sum(net.kept.widths.values()) + len(net.codec.keeps) * net.problem.shared
+    kept = width * min(net.clients, total * each)
     scale = total / rounds
     return Estimate(
         wall=total * (one + more * (each - 1) / lanes),
@@ -90,6 +91,7 @@ class Rehearsal(LocalNetwork):
             net.method,
             net.engine,
             net.codec,
+            net.down,
             seed=net.streams.seed,
             rounds=min(REHEARSED_ROUNDS, net.total_rounds),
             seconds=net.seconds,

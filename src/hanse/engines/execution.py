@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hanse.codecs.base import Codec
+from hanse.codecs.base import Codec, Sending
 from hanse.core.context import Context
 from hanse.core.gradients import GradientPath
+from hanse.core.layout import Layout
 from hanse.core.messages import Tensors, Upload, wire_size
 from hanse.core.problem import Problem
 from hanse.core.samples import Samples
@@ -89,6 +91,7 @@ class Executor:
         self.problem, self.samples, self.method, self.codec, self.streams = problem, samples, method, codec, streams
         self.kept, self.paths, self.shortcuts = kept, paths, shortcuts
         self.plan = method.plan()
+        self.layout = Layout({e.name: e.shape for e in problem.layout.entries if e.start < problem.shared})
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
@@ -133,7 +136,7 @@ class Executor:
                 totals=lane.sums if total and self.codec.plain and self.shortcuts else None,
             )
             upload: Upload = train(ctx)
-            sizes = encode(upload, self.codec)
+            sizes = encode(upload, self.codec, ctx.state, partial(self._sending, orders, ctx.state))
             if total:
                 for name, values in upload.sums.items():
                     if values.dim() > 1:
@@ -143,6 +146,15 @@ class Executor:
                 Batch(orders.tickets, orders.versions, upload, sizes, ctx.state, torch.zeros(len(orders), dtype=torch.bool))
             )
         return lane
+
+    def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
+        """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""
+        words = self.streams.words(f"codec.{name}", orders.clients, orders.rounds, 2)
+        return Sending(
+            layout=self.layout if width == self.layout.size else Layout({name: (width,)}),
+            seeds=words[:, 0] | words[:, 1] << 32,
+            memory={row: state[key] for row in self.codec.keeps if (key := memory_key(name, row)) in state},
+        )
 
     def _rate(self, versions: Tensor) -> float | Tensor:
         """The learning rate of each version, a number if it is the same for all, else ``[C, 1]``."""
@@ -177,8 +189,16 @@ def joined(sums: Sequence[Tensors]) -> Tensors:
     return first
 
 
-def encode(upload: Upload, codec: Codec) -> Tensor:
-    """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``."""
+def memory_key(name: str, row: str) -> str:
+    """Under which name clients keep a codec's row for the vectors ``name``."""
+    return f"codec.{name}.{row}"
+
+
+def encode(upload: Upload, codec: Codec, state: Tensors, sending: Callable[[str, int], Sending]) -> Tensor:
+    """Replace what is sent by what arrives through the codec; returns the bytes of every client's message, int64 ``[C]``.
+
+    ``sending(name, width)`` says how vectors are sent; what the codec keeps goes to ``state``.
+    """
     scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
     vectors = {n: t for group in (upload.sums, upload.rows) for n, t in group.items()}
     scalars |= {n: vectors.pop(n)[0] for n in AS_IS & vectors.keys()}
@@ -193,7 +213,9 @@ def encode(upload: Upload, codec: Codec) -> Tensor:
     lengths = {}
     for group in (upload.sums, upload.rows):
         for name in [n for n in group if n not in AS_IS]:
-            group[name], size = codec.roundtrip(group[name])
+            how = sending(name, group[name].shape[1])
+            group[name], size, _ = codec.roundtrip(group[name], how)
+            state |= {memory_key(name, row): kept for row, kept in how.memory.items()}
             lengths[name] = torch.where(sent[name], size, -1)
     return _sizes(lengths, lambda kind: wire_size(scalars, kind), len(upload.clients))
 

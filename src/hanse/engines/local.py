@@ -18,15 +18,16 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from hanse.codecs.base import Codec
+from hanse.codecs.base import Codec, Sending, identity
 from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import paths
+from hanse.core.layout import Layout
 from hanse.core.messages import Reply, Tensors, wire_size
 from hanse.core.state import ClientState
 from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
-from hanse.engines.execution import Executor, Lane, Orders, joined
+from hanse.engines.execution import AS_IS, Executor, Lane, Orders, joined
 from hanse.engines.pending import Collected, Pending
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, Clock, Events, Jobs, among
@@ -117,6 +118,7 @@ class LocalNetwork:
         method: Method,
         engine: local,
         codec: Codec,
+        down: Codec | None = None,
         *,
         seed: int,
         rounds: int,
@@ -124,7 +126,9 @@ class LocalNetwork:
         on_commit: Callable[[LocalNetwork], None] = lambda net: None,
     ) -> None:
         keep_freed_memory()
-        self.federation, self.method, self.engine, self.codec = federation, method, engine, codec
+        self.federation, self.method, self.engine, self.codec, self.down = federation, method, engine, codec, down or identity()
+        if self.down.keeps or self.down.sparse:
+            raise ConfigError(f"down: {down} is not allowed: it carries the model itself, so every number has to be sent")
         self.problem, self.samples, self.clients = federation.problem, federation.split.train, federation.clients
         self.streams = federation.streams if seed == federation.seed else type(federation.streams)(seed)
         loose = unkeyed(self.problem.model) if method.batched else []
@@ -151,6 +155,7 @@ class LocalNetwork:
         self.notes: Tensors = {}
         self.stopping = False
         self._draws = 0
+        self._received: tuple[Tensors, Tensors, int] = ({}, {}, 0)
         self._mark()
         self._back = np.full(self.clients, -math.inf)
 
@@ -236,11 +241,30 @@ class LocalNetwork:
         lengths = self.plan.lengths(counts) if steps is None else steps
         flops = self.work * self.plan.seen(counts, lengths) if self.work else lengths.new_zeros(1)
         task = Work(lengths, flops, self.footprint)
-        if len(self.arrived) and self.kept.widths:
+        if len(self.arrived) and (self.kept.widths or self.codec.keeps):
             self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
+        message, size = self._down(message)
         number = self.pending.post(work, message)
-        return self.clock.send(clients, self.round, self._keys(who), number, wire_size(message), task, patience)
+        return self.clock.send(clients, self.round, self._keys(who), number, size, task, patience)
+
+    def _down(self, message: Tensors) -> tuple[Tensors, int]:
+        """What clients receive of a message, and its bytes; the same message is encoded once."""
+        if self.down.plain:
+            return message, wire_size(message)
+        before, received, size = self._received
+        if before.keys() != message.keys() or any(before[n] is not t for n, t in message.items()):
+            vectors = {n: t for n, t in message.items() if n not in AS_IS and t.dim() == 1}
+            sent = {n: self.down.roundtrip(t[None].clone(), self._broadcast(n, t)) for n, t in vectors.items()}
+            received = {**message, **{n: s.values[0] for n, s in sent.items()}}
+            size = wire_size({n: t for n, t in message.items() if n not in vectors}, {n: int(s.sizes) for n, s in sent.items()})
+            self._received = message, received, size
+        return received, size
+
+    def _broadcast(self, name: str, vector: Tensor) -> Sending:
+        words = self.streams.words(f"down.{name}", torch.zeros(1, dtype=torch.long), self.round, 2)
+        layout = self.executor.layout if len(vector) == self.executor.layout.size else Layout({name: (len(vector),)})
+        return Sending(layout, words[:, 0] | words[:, 1] << 32)
 
     def _keys(self, who: np.ndarray) -> np.ndarray:
         """What the chance of the next job of each client is drawn for: the round, or later if it has had this version before."""
@@ -289,7 +313,7 @@ class LocalNetwork:
 
     async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
         if self.clock.still:  # there are no events to keep
-            lanes, starts = self._at_once(clients, work, message), {self.round: message}
+            lanes, starts = self._at_once(clients, work, message)
         else:
             jobs = self._send(clients, work, message, None, math.inf)
             coming = jobs[jobs["arrives"] < NEVER]
@@ -302,13 +326,14 @@ class LocalNetwork:
             self.kept.write(batch.upload.clients, batch.kept)
         return self._reply(starts, Collected(lanes, [], None), None)
 
-    def _at_once(self, clients: Tensor, work: str, message: Tensors) -> list[Lane]:
+    def _at_once(self, clients: Tensor, work: str, message: Tensors) -> tuple[list[Lane], dict[int, Tensors]]:
+        message, size = self._down(message)
         keys, zeros = torch.from_numpy(self._keys(clients.numpy())), torch.zeros_like(clients)
         steps = self.plan.lengths(self.samples.counts(clients))
         orders = Orders(work, [message], clients, clients, keys, torch.full_like(clients, self.round), steps, zeros)
         lanes = self._perform(orders, total=True) if len(clients) else []
-        self.clock.exchange(len(clients), wire_size(message), weights_of(lanes)[1])
-        return lanes
+        self.clock.exchange(len(clients), size, weights_of(lanes)[1])
+        return lanes, {self.round: message}
 
     def _starts(self, jobs: Jobs) -> dict[int, Tensors]:
         """The messages that ``jobs`` started from, by version."""

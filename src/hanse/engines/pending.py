@@ -75,7 +75,7 @@ class Pending:
         They do so when a reply is collected, or at their next job if that comes first: work that is lost or thrown away leaves a
         client as it was.
         """
-        for _, batch in self.results if kept.widths else ():
+        for batch in (result.batch for result in self.results if result.batch.kept):
             due = torch.from_numpy(among(batch.tickets.numpy(), tickets)) & ~batch.written
             if bool(due.any()):
                 kept.write(batch.upload.clients[due], {n: t[due] for n, t in batch.kept.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import sys
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
@@ -177,23 +176,10 @@ class evenly(Distribution):
         return self.first + (self.last - self.first) * clients.double() / max(1, population.size - 1)
 
 
-def _elements(value: Any) -> Any:
-    """The elements of a tuple that arrives as text because it holds parts or inf: ``mixture((lognormal(2, 0.4), 7), (1, 1))``."""
-    if not isinstance(value, str):
-        return value
-    try:
-        node = ast.parse(value, mode="eval").body
-    except SyntaxError:
-        node = None
-    if not isinstance(node, ast.Tuple | ast.List):
-        raise ValueError('several are needed, as in ("lognormal(2, 0.4)", "lognormal(10, 0.4)")')
-    return tuple(e.value if isinstance(e, ast.Constant) else ast.unparse(e) for e in node.elts)
-
-
 class listed(Distribution):
     """A value a client, written down: client i gets the i-th."""
 
-    values: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_elements), Field(min_length=1)]
+    values: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
     """The values, at least as many as there are clients."""
 
     def draw(self, population: Population, clients: Tensor, purpose: str) -> Tensor:
@@ -205,7 +191,7 @@ class listed(Distribution):
 class mixture(Distribution):
     """Several kinds of clients: each belongs to one part, drawn by the shares, and gets a value from it."""
 
-    parts: Annotated[tuple[Amount, ...], BeforeValidator(_elements), Field(min_length=1)]
+    parts: Annotated[tuple[Amount, ...], Field(min_length=1)]
     """Distributions, or numbers: ``("lognormal(2, 0.4)", "lognormal(10, 0.4)")``."""
     shares: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Share of clients in each part; they are divided by their sum."""

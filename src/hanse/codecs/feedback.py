@@ -1,0 +1,47 @@
+"""Error feedback: what a message could not carry is added to the next one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hanse.codecs.base import Codec, Sending, Sent
+from hanse.core.layout import Layout
+
+
+class feedback(Codec):
+    """``codec`` of the vector plus what was left over, of which what the codec leaves is kept for the next time.
+
+        sent = C(x + e);   e <- x + e - sent
+
+    Stich, Cordonnier, Jaggi: "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599, Algorithm 1; Karimireddy et al., arXiv
+    1901.09847, Algorithm 2. Each client keeps a row e for every name it sends.
+    """
+
+    codec: Codec
+    """What loses something."""
+    keeps: ClassVar[tuple[str, ...]] = ("residual",)
+
+    def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
+        sending = sending or Sending.of(x)
+        wanted = x + sending.memory["residual"][0] if "residual" in sending.memory else x
+        data = self.codec.encode(wanted, sending)
+        sending.memory["residual"] = (wanted - self.codec.decode(data, sending.layout))[None]
+        return data
+
+    @property
+    def sparse(self) -> bool:
+        return self.codec.sparse
+
+    def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
+        return self.codec.decode(data, layout)
+
+    def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
+        wanted = rows + sending.memory["residual"] if "residual" in sending.memory else rows
+        sent = self.codec.roundtrip(wanted.clone(), replace(sending, memory={}))
+        left = wanted - sent.values
+        sending.memory["residual"] = torch.where(torch.isfinite(left), left, 0)
+        return sent
