@@ -53,7 +53,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put generated text where a page asks for it."""
+    """Put generated text where a page asks for it; the wide tables of reports get the room of a table of contents."""
+    if page.file.src_uri.startswith("reproduced/"):
+        page.meta["hide"] = ["toc"]
     made = {"commands": commands, "settings": settings, "parts": parts, "systems": systems}
     return re.sub(r"<!-- generated: (\w+) -->", lambda match: made[match[1]](), markdown)
 

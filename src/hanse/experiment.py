@@ -62,6 +62,19 @@ class Recorder:
         self.saved_at, self.saved_round = time.monotonic(), 0
         self.jobs = 0
 
+    def start(self, net: LocalNetwork, resume: bool) -> None:
+        """Begin the run folder; with ``resume`` bring ``net`` and the history to the checkpoint in it instead."""
+        if self.folder is None:
+            return
+        if not resume:
+            self.folder.write(self.result)
+            return
+        saved = self.folder.load()
+        if saved is not None:
+            net.restore(saved)
+        self.result.history = self.folder.rewind(net.round)
+        self.jobs = sum(len(record["jobs"]) for record in self.result.history)
+
     def __call__(self, net: LocalNetwork) -> None:
         due = net.finished or self._due(net)
         record = Record(
@@ -188,18 +201,10 @@ def run(
     schedule, codec, down, engine = schedule or synchronous(), codec or identity(), down or identity(), engine or local()
     seed = federation.seed if seed is None else seed
     folder = None if out is None else Folder(Path(out))
-    settings = federation.settings() | {
-        "method": method.full(),
-        "schedule": schedule.full(),
-        "codec": codec.full(),
-        "down": down.full(),
-        "engine": engine.full(),
-        "rounds": str(rounds),
-        **({} if seconds is None else {"seconds": str(seconds)}),
-        **({} if evaluate_seconds is None else {"evaluate_seconds": str(evaluate_seconds)}),
-        "seed": str(seed),
-        "evaluate": str(evaluate),
-    }
+    parts = {"method": method, "schedule": schedule, "codec": codec, "down": down, "engine": engine}
+    numbers = {"rounds": rounds, "seconds": seconds, "seed": seed, "evaluate": evaluate, "evaluate_seconds": evaluate_seconds}
+    settings = federation.settings() | {name: part.full() for name, part in parts.items()}
+    settings |= {name: str(value) for name, value in numbers.items() if value is not None}
     if seed != federation.seed:
         settings["split_seed"] = str(federation.seed)
     Settings.read(None, settings)  # the same checks as for a file or the command line
@@ -211,44 +216,48 @@ def run(
             engine = local.parse(result.notes["arrangement"])
     end = math.inf if seconds is None else seconds
     net = LocalNetwork(federation, method, engine, codec, down, seed=seed, rounds=rounds, seconds=end, on_commit=recorder)
-    if folder is not None and resume:
-        saved = folder.load()
-        if saved is not None:
-            net.restore(saved)
-        result.history = folder.rewind(net.round)
-        recorder.jobs = sum(len(record["jobs"]) for record in result.history)
-    elif folder is not None:
-        folder.write(result)
+    recorder.start(net, resume)
     on_start(net)
-    threads = torch.get_num_threads()
-    try:
-        drive(schedule.run(net, method))
-        if folder is not None and net.round > recorder.saved_round:  # stopped after the round's own chance to save
-            recorder.save(net)
-    except DivergedError:
-        recorded = 0 < net.round == len(result.history)  # else the model of this round is what went wrong
-        if folder is not None and recorded and net.take_back() and bool(torch.isfinite(net.state["x"]).all()):
-            recorder.save(net)
-        raise
-    finally:
-        torch.set_num_threads(threads)
-        for writer in writers:
-            writer.close()
-    result.weights, result.state = weights(net), net.snapshot()
-    result.clients = {"samples": net.samples.counts(), "rounds": net.taken.long()}
-    if federation.split.groups is not None:
-        result.clients["classes"] = federation.split.groups
-    listed = {int(job[0]): None for record in result.history for job in record["jobs"] if job[0] is not None}
-    if listed and not federation.fleet.trace.counts_rounds:
-        asked = torch.tensor([*listed][:CLIENTS_LISTED])
-        result.clients["away"] = federation.fleet.trace.away(federation.population, asked, net.now)
-    own = per_client(net)
-    if own and net.problem.metrics:
-        result.clients["accuracy"] = own[next(iter(net.problem.metrics))]
+    _play(net, schedule, method, recorder)
+    result.weights, result.state, result.clients = weights(net), net.snapshot(), _clients(net, result)
     if folder is not None and net.finished:
         folder.save(result.clients, CLIENTS)
         folder.describe(result)
     return result
+
+
+def _play(net: LocalNetwork, schedule: Schedule, method: Method, recorder: Recorder) -> None:
+    """The whole conversation; its last good round is saved, and the writers are closed, however it ends."""
+    threads = torch.get_num_threads()
+    try:
+        drive(schedule.run(net, method))
+        if recorder.folder is not None and net.round > recorder.saved_round:  # stopped after the round's own chance to save
+            recorder.save(net)
+    except DivergedError:
+        recorded = 0 < net.round == len(recorder.result.history)  # else the model of this round is what went wrong
+        if recorder.folder is not None and recorded and net.take_back() and bool(torch.isfinite(net.state["x"]).all()):
+            recorder.save(net)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        for writer in recorder.writers:
+            writer.close()
+
+
+def _clients(net: LocalNetwork, result: Run) -> Tensors:
+    """What is written down of every client at the end of a run."""
+    federation = net.federation
+    found = {"samples": net.samples.counts(), "rounds": net.taken.long()}
+    if federation.split.groups is not None:
+        found["classes"] = federation.split.groups
+    listed = {int(job[0]): None for record in result.history for job in record["jobs"] if job[0] is not None}
+    if listed and not federation.fleet.trace.counts_rounds:
+        asked = torch.tensor([*listed][:CLIENTS_LISTED])
+        found["away"] = federation.fleet.trace.away(federation.population, asked, net.now)
+    own = per_client(net)
+    if own and net.problem.metrics:
+        found["accuracy"] = own[next(iter(net.problem.metrics))]
+    return found
 
 
 def resume(folder: Path | str, federation: Federation | None = None, writers: Sequence[Writer] = ()) -> Run:

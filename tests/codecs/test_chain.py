@@ -122,7 +122,7 @@ FUZZED = [
 @settings(max_examples=250, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.integers(-3, 3), st.booleans())
 def test_damaged_bytes_are_refused_or_give_a_vector(text: str, changes: list[tuple[int, int]], longer: int, fixed: bool) -> None:
-    """A wrong checksum is always refused; behind a right one anything may stand, and gives a vector of the right size or CodecError."""
+    """A wrong checksum is always refused; behind a right one anything may stand: a vector of the right size, or CodecError."""
     codec, x = Codec.parse(text), rows()[0]
     whole = codec.encode(x, sending(3))
     data = bytearray(whole + bytes(max(0, longer)))[: len(whole) + longer]

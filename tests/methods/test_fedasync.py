@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import bowls, watch
 
 import hanse as hs
 from hanse.core.messages import Reply
@@ -15,7 +16,6 @@ from hanse.schedules.staleness import constant, polynomial
 
 TAU = [round((1.0 - 0.8 * i / 9) * 1e9) for i in range(10)]
 """Nanoseconds of a job of each of ten clients."""
-FLEET = hs.fleet.devices(job="evenly(1.0, 0.2)")
 
 
 def reply(models, weight, scale):
@@ -68,28 +68,8 @@ def test_a_batch_of_clients_equals_one_client_at_a_time(digits, follow):
 
 
 def models_of(rule, schedule, rounds):
-    federation = hs.Federation(hs.tasks.quadratics(), 10, hs.natural(), FLEET, dtype="float64")
-    found = []
-
-    class Watch:
-        def write(self, record):
-            found.append(self.net.state["x"].clone())
-
-        def close(self):
-            pass
-
-    watch = Watch()
-    hs.run(
-        federation,
-        rule,
-        schedule,
-        rounds=rounds,
-        evaluate=0,
-        engine=hs.engines.local("vmap", 10, 1, 1),
-        writers=[watch],
-        on_start=lambda net: setattr(watch, "net", net),
-    )
-    return federation, torch.stack(found)
+    federation = bowls()
+    return federation, torch.stack(watch(federation, schedule, rule, rounds).models)
 
 
 @pytest.mark.parametrize("mu", [0, 0.7])

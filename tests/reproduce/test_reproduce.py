@@ -86,3 +86,39 @@ def test_a_run_that_diverges_has_no_later_scores(monkeypatch):
 def test_distance_to_the_optimum_of_the_quadratics():
     assert base.distance_to_optimum(hs.methods.Scaffold(lr=0.1, steps=10), 10, 40) < 1e-10
     assert base.distance_to_optimum(hs.methods.FedAvg(lr=0.1, steps=10), 10, 40) == pytest.approx(0.28, abs=0.01)
+
+
+def test_a_run_is_shown_after_every_round_and_scored_after_some():
+    federation = base.bowls(hs.fleet.devices(job="evenly(1.0, 0.2)"))
+    rule, schedule = hs.methods.FedAvg(lr=0.1), hs.schedules.fedasync()
+    path, done = base.models(federation, rule, schedule, 7)
+    assert path.shape == (7, 10)
+    assert torch.equal(path[-1], done.state["state.x"])
+    assert not torch.equal(path[0], path[1])
+    scored = base.follow(federation, rule, schedule, lambda net: float(net.state["x"][0]), 7, every=3)
+    assert scored.score.tolist() == path[2::3, 0].tolist()
+    assert scored.seconds.tolist() == [record["seconds"] for record in done.history[2::3]]
+    assert scored.updates.tolist() == [record["updates"] for record in done.history[2::3]]
+
+
+def test_a_band_has_the_mean_of_the_seeds_between_the_lowest_and_the_highest():
+    _, (ax, other) = base.panels(6, 1, 2)
+    base.band(ax, [1, 2, 3], torch.tensor([[1.0, 4.0, 2.0], [3.0, 0.0, 2.0]]), "black", "a rule")
+    (line,), (band,) = ax.lines, ax.collections
+    assert line.get_xydata().tolist() == [[1, 2], [2, 2], [3, 2]]
+    assert {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()} == {(1, 1), (1, 3), (2, 0), (2, 4), (3, 2)}
+    assert ax.get_legend_handles_labels()[1] == ["a rule"]
+    assert other.get_gridspec().get_width_ratios() == (1, 2)
+
+
+def test_a_logarithmic_axis_is_numbered_where_it_was_measured():
+    _, (ax,) = base.panels(3, 1)
+    ax.set(xscale="log", xlim=(0.01, 1))
+    base.ticks(ax, (0.02, 0.3))
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.02", "0.3"]
+    assert not len(ax.get_xticks(minor=True))
+
+
+def test_the_last_loss_of_runs_of_which_one_diverged():
+    assert base.last_loss(torch.tensor([[3.0, 1.0], [3.0, 2.0]])) == 1.5
+    assert base.last_loss(torch.tensor([[3.0, 1.0], [3.0, torch.nan]])) == torch.inf

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import matplotlib._pylab_helpers
 import numpy as np
 import pytest
@@ -46,6 +48,15 @@ def test_updates_are_an_axis_of_their_own_where_they_are_not_rounds_by_another_n
     figure = draw_all(runs)["accuracy-updates"]
     assert [line.get_xdata().tolist() for line in lines(figure).values()] == [[2, 4, 6], [5, 10, 15]]
     assert figure.axes[0].get_xlabel() == "client updates"
+
+
+def test_names_below_each_other_cost_the_page_and_not_the_data():
+    heights = []
+    for names in (("A", "B"), tuple(f"a rule with a name that fills a line, number {i}" for i in range(6))):
+        figure = curves([run(name) for name in names], "accuracy", "rounds")
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] == pytest.approx(heights[0], rel=0.05)
 
 
 def test_rounds_without_evaluation_are_passed_over():
@@ -317,6 +328,16 @@ def test_clients_run_from_worst_to_best_with_mean_and_worst_tenth_marked():
     placed = {line.get_marker(): line.get_xdata()[0] for line in marks.lines}
     assert placed["o"] == pytest.approx(everyone.mean())
     assert placed["v"] == pytest.approx((0.1 + 0.3) / 2)
+
+
+def test_long_names_beside_the_clients_do_not_overlap():
+    runs = [run(f"FedAvg synchronous(over=0.{i}, deadline=None)") for i in range(8)]
+    for one in runs:
+        one.clients["accuracy"] = torch.ones(4)
+    figure = per_client(runs)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[1].get_yticklabels()]  # from top to bottom
+    assert all(above.y0 > below.y1 for above, below in pairwise(boxes))
 
 
 def test_for_an_error_the_worst_clients_have_the_largest():

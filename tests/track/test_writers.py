@@ -12,13 +12,16 @@ from hanse.track.writers import WRITERS, scalars
 
 
 def test_a_round_as_flat_numbers() -> None:
-    assert scalars(made_runs.record(3, accuracy=0.5, loss=2.0, down=7, up=9, seconds=1.5)) == {
+    record = made_runs.record(3, accuracy=0.5, loss=2.0, down=7, up=9, seconds=1.5)
+    assert scalars({**record, "updates": 6, "staleness": 0.25}) == {
         "train_loss": 2.0,
         "test_loss": 2.0,
         "accuracy": 0.5,
         "virtual_seconds": 1.5,
         "bytes_down": 7,
         "bytes_up": 9,
+        "client_updates": 6,
+        "staleness": 0.25,
     }
 
 
@@ -29,11 +32,11 @@ def test_tensorboard_files_hold_every_round(tmp_path: Path) -> None:
     federation = hs.Federation(hs.tasks.digits(hidden=4), clients=4, fleet=hs.fleet.phones())
     writer = WRITERS["tensorboard"]("a run", tmp_path, {"task": "digits"})
     engine = hs.engines.local("stacked", 4, 1, 1)
-    run = hs.run(
-        federation, hs.methods.FedAvg(), hs.schedules.synchronous(4), rounds=4, evaluate=2, engine=engine, writers=[writer]
-    )
+    run = hs.run(federation, hs.methods.FedAvg(), hs.schedules.fedasync(), rounds=4, evaluate=2, engine=engine, writers=[writer])
+    assert run.history[-1]["staleness"] > 0
     events = EventAccumulator(str(tmp_path)).Reload()
-    for name in ("train_loss", "virtual_seconds", "bytes_down", "bytes_up", "accuracy", "client_accuracy_worst10"):
+    everywhere = ("train_loss", "virtual_seconds", "bytes_down", "bytes_up", "client_updates", "staleness")
+    for name in (*everywhere, "accuracy", "client_accuracy_worst10"):
         expected = [(r["round"], scalars(r)[name]) for r in run.history if name in scalars(r)]
         assert [(e.step, e.value) for e in events.Scalars(name)] == [(t, pytest.approx(v, rel=1e-6)) for t, v in expected]
         assert len(expected) == (2 if "accuracy" in name else 4)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hanse.data.partition import natural, shards
+from hanse.data.partition import shards
 from hanse.data.tasks import digits, quadratics
-from hanse.engines.local import LocalNetwork, local
-from hanse.experiment import run
 from hanse.federation import Federation
 from hanse.fleet.distributions import listed
 from hanse.fleet.profiles import Fleet, devices
 from hanse.methods.anarchic import AFA_CD, AFA_CS
 from hanse.methods.base import Method
 from hanse.methods.fedavg import FedAvg
-from hanse.reproduce.base import SEEDS, Findings, Property, Scored, follow, test_accuracy
+from hanse.reproduce.base import SEEDS, Findings, Property, Scored, band, bowls, by_seed, follow, models, panels, test_accuracy
 from hanse.schedules.anarchic import anarchic
 from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
-from hanse.track.run import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UPDATES = 1500
 """Of the quadratics' model."""
@@ -37,36 +38,27 @@ FLEETS = {
 }
 """Seconds a local step."""
 NAMES = ("AFA-CD", "AFA-CS", "FedAvg")
+SETTING = (
+    "Quadratics: ten workers with one each, pauses of 20 to 1 seconds on average, 1 to 5 steps a job, every contribution a step"
+    f" of the server with lr = 0.001, eta = 0.05; the mean of the last 30 % of {UPDATES} models. Digits: MLP 64-64-10, 20"
+    " workers with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or"
+    f" 1 s for workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with"
+    f" everyone. AFA: m = {M}, {FEWEST} to {MOST} steps a job, until the workers have computed as many gradients (expected)."
+    f" Averages are uniform. With unrelated speeds lr is the best of {', '.join(map(str, RATES))} for FedAvg, and eta the"
+    f" better of {' and '.join(map(str, SERVER_RATES))} for each of AFA-CD and AFA-CS with that lr. Accuracy is on the test"
+    " set of 360 pictures over the last tenth of a run, means over 3 seeds (bands: lowest to highest); a picture is 0.003."
+)
 
 
-class _Path:
-    """A writer that keeps every model, ``[P]``, and the staleness of what it was made from."""
+def skewed(rule: Method) -> tuple[Tensor, list[float]]:
+    """Every model, ``[UPDATES, P]``, and the staleness of what it was made from.
 
-    def __init__(self) -> None:
-        self.x, self.staleness = list[Tensor](), list[float]()
-        self.net: LocalNetwork | None = None
-
-    def start(self, net: LocalNetwork) -> None:
-        self.net = net
-
-    def write(self, record: Record) -> None:
-        assert self.net is not None
-        self.x.append(self.net.state["x"])
-        self.staleness.append(record["staleness"])
-
-    def close(self) -> None:
-        pass
-
-
-def skewed(rule: Method) -> _Path:
-    """Ten quadratics whose workers come once a second to once in twenty, the rare ones being the slow ones as well."""
-    task, rate = quadratics(), torch.linspace(0.05, 1, 10)
-    fleet = devices(job="evenly(0.6, 0.0)")
-    federation = Federation(task, clients=task.count, partition=natural(), fleet=fleet, dtype="float64")
-    schedule, path = anarchic(m=1, steps=(1, 5), pause=listed(tuple((1 / rate).tolist()))), _Path()
-    engine = local(path="vmap", chunk=task.count, workers=1, threads=1)
-    run(federation, rule, schedule, rounds=UPDATES, evaluate=0, engine=engine, writers=[path], on_start=path.start)
-    return path
+    Ten quadratics whose workers come once a second to once in twenty, the rare ones being the slow ones as well.
+    """
+    rate = torch.linspace(0.05, 1, 10)
+    schedule = anarchic(m=1, steps=(1, 5), pause=listed(tuple((1 / rate).tolist())))
+    path, done = models(bowls(devices(job="evenly(0.6, 0.0)")), rule, schedule, UPDATES)
+    return path, [record["staleness"] for record in done.history]
 
 
 def measured(rule: Method, schedule: Schedule, fleet: Fleet, rounds: int, steps: float) -> list[Scored]:
@@ -90,15 +82,31 @@ def lasted(runs: Sequence[Scored]) -> float:
     return mean(float(scored.seconds[-1]) for scored in runs)
 
 
+def draw(away: dict[str, Tensor], found: dict[tuple[str, str], list[Scored]]) -> Figure:
+    """The way to the optimum of the quadratics, and the accuracy on the digits at both kinds of speeds."""
+    figure, (left, *others) = panels(12, 1, 1, 1)
+    colours = dict(zip(NAMES, COLOURS, strict=False))
+    for name, x in away.items():
+        left.plot(range(1, UPDATES + 1), x.norm(dim=1), color=colours[name], lw=0.8, label=name)
+    left.set(title="quadratics", xlabel="updates of the model", ylabel="distance from the optimum", yscale="log")
+    for ax, speeds in zip(others, FLEETS, strict=True):
+        ended = {name: lasted(found[speeds, name]) for name in NAMES}
+        at = torch.linspace(0, max(ended.values()), 60, dtype=torch.float64)
+        for name in NAMES:
+            times = at[at <= ended[name]]
+            band(ax, times, torch.stack([scored.at(times) for scored in found[speeds, name]]), colours[name], name)
+        ax.set(title=f"digits, speeds {speeds}", xlabel="virtual time (s)", ylabel="test accuracy")
+    for ax in (left, *others):
+        ax.legend(frameon=False)
+    return figure
+
+
 def reproduce() -> Findings:
     """Measure the claims; about three minutes on one core."""
-    from matplotlib.figure import Figure
-
-    task = quadratics()
     paths = {"AFA-CD": skewed(AFA_CD(lr=0.001, server_lr=0.05)), "AFA-CS": skewed(AFA_CS(lr=0.001, server_lr=0.05))}
-    last = UPDATES - UPDATES * 3 // 10
-    distance = {name: float((torch.stack(path.x[last:]).mean(0) - task.optimum()).norm()) for name, path in paths.items()}
-    stale = paths["AFA-CS"].staleness
+    away = {name: path - quadratics().optimum() for name, (path, _) in paths.items()}
+    distance = {name: float(x[UPDATES - UPDATES * 3 // 10 :].mean(0).norm()) for name, x in away.items()}
+    stale = paths["AFA-CS"][1]
 
     # With speeds unrelated to labels the local rate is tuned for FedAvg, and the server's for each AFA rule.
     rows, found = [], dict[tuple[str, str], list[Scored]]()
@@ -107,7 +115,7 @@ def reproduce() -> Findings:
         def runs(rule: FedAvg, speeds: str) -> list[Scored]:
             runs = measured(rule, schedule, FLEETS[speeds], rounds, steps)
             scores = [final(scored) for scored in runs]
-            rows.append([speeds, str(rule), f"{mean(scores):.3f}", f"{lasted(runs):.0f}", " ".join(f"{v:.3f}" for v in scores)])
+            rows.append([speeds, str(rule), f"{mean(scores):.3f}", f"{lasted(runs):.0f}", by_seed(scores)])
             return runs
 
         tried = [runs(rule, "unrelated") for rule in rules]
@@ -154,36 +162,11 @@ def reproduce() -> Findings:
             ),
         ]
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, *others = figure.subplots(1, 3)
-    colours = dict(zip(NAMES, COLOURS, strict=False))
-    for name, path in paths.items():
-        away = (torch.stack(path.x) - task.optimum()).norm(dim=1)
-        left.plot(range(1, UPDATES + 1), away, color=colours[name], lw=0.8, label=name)
-    left.set(title="quadratics", xlabel="updates of the model", ylabel="distance from the optimum", yscale="log")
-    for ax, speeds in zip(others, FLEETS, strict=True):
-        at = torch.linspace(0, max(seconds[speeds, name] for name in NAMES), 60, dtype=torch.float64)
-        for name in NAMES:
-            curves = torch.stack([scored.at(at[at <= seconds[speeds, name]]) for scored in found[speeds, name]])
-            times = at[: curves.shape[1]]
-            ax.plot(times, curves.mean(0), color=colours[name], label=name)
-            ax.fill_between(times, curves.min(0).values, curves.max(0).values, color=colours[name], alpha=0.18, lw=0)
-        ax.set(title=f"digits, speeds {speeds}", xlabel="virtual seconds", ylabel="test accuracy")
-    for ax in (left, *others):
-        ax.legend(frameon=False)
-
     return Findings(
         "Anarchic federated learning: AFA-CD, AFA-CS and FedAvg",
-        "Quadratics: ten workers with one each, pauses of 20 to 1 seconds on average, 1 to 5 steps a job, every contribution a step"
-        f" of the server with lr = 0.001, eta = 0.05; the mean of the last 30 % of {UPDATES} models. Digits: MLP 64-64-10, 20"
-        " workers with 2 shards of sorted labels each, batches of 32; a local step takes 0.1 to 1 s, evenly over the workers, or"
-        f" 1 s for workers that hold mostly digits 0 to 4 and 0.1 s for the others. FedAvg: {ROUNDS} rounds of {STEPS} steps with"
-        f" everyone. AFA: m = {M}, {FEWEST} to {MOST} steps a job, until the workers have computed as many gradients (expected)."
-        f" Averages are uniform. With unrelated speeds lr is the best of {', '.join(map(str, RATES))} for FedAvg, and eta the"
-        f" better of {' and '.join(map(str, SERVER_RATES))} for each of AFA-CD and AFA-CS with that lr. Accuracy is on the test"
-        " set of 360 pictures over the last tenth of a run, means over 3 seeds (bands: lowest to highest); a picture is 0.003.",
+        SETTING,
         properties,
         ("speeds", "rule", "accuracy", "virtual seconds", "by seed"),
         rows,
-        figure,
+        draw(away, found),
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -19,12 +19,14 @@ from hanse.data.tasks import digits, quadratics
 from hanse.engines.local import LocalNetwork, local
 from hanse.experiment import run
 from hanse.federation import Federation
+from hanse.fleet.profiles import Fleet
 from hanse.methods.base import Method
 from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
-from hanse.track.run import Record
+from hanse.track.run import Record, Run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SEEDS = (0, 1, 2)
@@ -100,6 +102,36 @@ def save(findings: Findings, folder: Path) -> None:
         raise CheckpointError(f"out: {folder} cannot be written: {error.strerror}") from None
 
 
+def panels(width: float, *shares: float, height: float = 4) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches, and its axes beside each other, which share the width as ``shares``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, len(shares), width_ratios=shares, squeeze=False)[0])
+
+
+def band(ax: Axes, x: Sequence[float] | Tensor, runs: Tensor, colour: str, label: str) -> None:
+    """Draw ``runs`` ``[seeds, X]`` over ``x`` ``[X]``: the mean over seeds as a line, from the lowest to the highest as a band."""
+    ax.plot(x, runs.mean(0), color=colour, label=label)
+    ax.fill_between(x, runs.min(0).values, runs.max(0).values, color=colour, alpha=0.18, lw=0)
+
+
+def ticks(ax: Axes, at: Sequence[float]) -> None:
+    """Number the horizontal axis at these places only, which a logarithmic one would not."""
+    ax.set_xticks(at, [str(x) for x in at])
+    ax.set_xticks([], minor=True)
+
+
+def by_seed(values: Iterable[float]) -> str:
+    """One number a seed, as a cell of a table."""
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def last_loss(losses: Tensor) -> float:
+    """Mean over seeds of the loss after the last round, of ``[seeds, rounds]``; infinite if a run diverged."""
+    return float(losses[:, -1].nan_to_num(torch.inf).mean())
+
+
 class Scored(NamedTuple):
     """One run as it went, float64 each: virtual seconds and client updates so far, and the score then; ends where it diverged."""
 
@@ -113,11 +145,11 @@ class Scored(NamedTuple):
         return torch.where(place >= 0, self.score[place.clamp(min=0)], torch.nan)
 
 
-class _Watcher:
-    """A writer that scores the global model after every so many rounds."""
+class _Listener:
+    """A writer that shows the network to ``look`` after every round."""
 
-    def __init__(self, score: Callable[[LocalNetwork], float], every: int) -> None:
-        self.score, self.every, self.found = score, every, list[tuple[float, float, float]]()
+    def __init__(self, look: Callable[[LocalNetwork], None]) -> None:
+        self.look = look
         self.net: LocalNetwork | None = None
 
     def start(self, net: LocalNetwork) -> None:
@@ -125,8 +157,7 @@ class _Watcher:
 
     def write(self, record: Record) -> None:
         assert self.net is not None
-        if record["round"] % self.every == 0:
-            self.found.append((record["seconds"], float(record["updates"]), self.score(self.net)))
+        self.look(self.net)
 
     def close(self) -> None:
         pass
@@ -148,6 +179,32 @@ def digit_federations(clients: int, partition: Partition) -> list[Federation]:
     return [Federation(digits(), clients=clients, partition=partition, seed=seed) for seed in SEEDS]
 
 
+def watch(
+    federation: Federation,
+    rule: Method,
+    schedule: Schedule,
+    look: Callable[[LocalNetwork], None],
+    rounds: int,
+    seconds: float | None = None,
+    chunk: int = 20,
+) -> Run:
+    """A run of ``rounds`` rounds or ``seconds`` virtual seconds, whose network ``look`` gets after every round."""
+    # A fixed arrangement, so that the numbers do not depend on what a machine finds fastest.
+    path: Literal["vmap", "stacked"] = "vmap" if isinstance(federation.task, quadratics) else "stacked"
+    engine, listener = local(path=path, chunk=chunk, workers=1, threads=1), _Listener(look)
+    return run(
+        federation,
+        rule,
+        schedule,
+        rounds=rounds,
+        seconds=seconds,
+        evaluate=0,
+        engine=engine,
+        writers=[listener],
+        on_start=listener.start,
+    )
+
+
 def follow(
     federation: Federation,
     rule: Method,
@@ -159,21 +216,22 @@ def follow(
     chunk: int = 20,
 ) -> Scored:
     """``score`` after every ``every`` rounds of a run of ``rounds`` rounds or ``seconds`` virtual seconds."""
-    # A fixed arrangement, so that the numbers do not depend on what a machine finds fastest.
-    engine, watcher = local(path="stacked", chunk=chunk, workers=1, threads=1), _Watcher(score, every)
+    found: list[tuple[float, float, float]] = []
+
+    def look(net: LocalNetwork) -> None:
+        if net.round % every == 0:
+            found.append((net.now, float(net.updates), score(net)))
+
     with contextlib.suppress(DivergedError):
-        run(
-            federation,
-            rule,
-            schedule,
-            rounds=rounds,
-            seconds=seconds,
-            evaluate=0,
-            engine=engine,
-            writers=[watcher],
-            on_start=watcher.start,
-        )
-    return Scored(*torch.tensor(watcher.found, dtype=torch.float64).reshape(-1, 3).t().contiguous())
+        watch(federation, rule, schedule, look, rounds, seconds, chunk)
+    return Scored(*torch.tensor(found, dtype=torch.float64).reshape(-1, 3).t().contiguous())
+
+
+def models(federation: Federation, rule: Method, schedule: Schedule, rounds: int) -> tuple[Tensor, Run]:
+    """The global model after every round, ``[rounds, P]``, and the run."""
+    found: list[Tensor] = []
+    done = watch(federation, rule, schedule, lambda net: found.append(net.state["x"]), rounds, chunk=federation.clients)
+    return torch.stack(found), done
 
 
 def scores(
@@ -187,11 +245,12 @@ def scores(
     return found
 
 
+def bowls(fleet: Fleet | None = None) -> Federation:
+    """Ten heterogeneous quadratics, one a client, in float64."""
+    return Federation(quadratics(), 10, natural(), fleet, dtype="float64")
+
+
 def distance_to_optimum(rule: Method, cohort: int, rounds: int) -> float:
     """Distance from the minimiser of ten heterogeneous quadratics, one a client, after ``rounds`` rounds in float64."""
-    task = quadratics()
-    federation = Federation(task, clients=task.count, partition=natural(), dtype="float64")
-    engine = local(path="vmap", chunk=cohort, workers=1, threads=1)
-    nets: list[LocalNetwork] = []
-    run(federation, rule, synchronous(cohort=cohort), rounds=rounds, evaluate=0, engine=engine, on_start=nets.append)
-    return float((nets[0].state["x"] - task.optimum()).norm())
+    done = watch(bowls(), rule, synchronous(cohort=cohort), lambda net: None, rounds, chunk=cohort)
+    return float((done.state["state.x"] - quadratics().optimum()).norm())

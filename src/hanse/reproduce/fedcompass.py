@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from statistics import mean
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,20 +16,21 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, gather, natural, shuffled
 from hanse.data.task import Dataset
 from hanse.data.tasks import digits, quadratics
-from hanse.engines.local import LocalNetwork, local
-from hanse.experiment import run
+from hanse.engines.local import LocalNetwork
 from hanse.federation import Federation
 from hanse.fleet.distributions import listed
 from hanse.fleet.profiles import devices
 from hanse.methods.fedasync import FedAsync
 from hanse.methods.fedavg import FedAvg
-from hanse.reproduce.base import SEEDS, Findings, Property, Scored, follow, test_accuracy
+from hanse.reproduce.base import SEEDS, Findings, Property, Scored, band, follow, panels, test_accuracy, watch
 from hanse.schedules.fedbuff import fedasync
 from hanse.schedules.fedcompass import fedcompass
 from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
-from hanse.track.run import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEP = (0.01, 0.02, 0.03, 0.04, 0.05)
 SECONDS, GOAL = 60, 0.9
@@ -62,38 +64,27 @@ class Timetable:
     """What a schedule does with clients of which a local step takes so many seconds: a run without training.
 
     ``sizes`` and ``staleness`` are of every aggregation, ``groups`` those open after it; ``jobs`` float64 ``[J, 3]`` are rows
-    (client, second it was sent, local steps).
+    (client, second it was sent, local steps). ``balance`` at the end: jobs sent; those aggregated; those under way or waiting.
     """
 
     def __init__(self, step: Sequence[float], schedule: fedcompass, rounds: int) -> None:
-        self.records: list[Record] = []
+        m = len(step)
+        where = Federation(quadratics(count=m, dimension=1), m, natural(), devices(step=listed(tuple(step))))
         self.groups: list[int] = []
-        m, fleet = len(step), devices(step=listed(tuple(step)))
-        where = Federation(quadratics(count=m, dimension=1), m, natural(), fleet)
-        engine = local("vmap", m, 1, 1)
-        run(where, Idle(), schedule, rounds=rounds, evaluate=0, engine=engine, writers=[self], on_start=self.start)
-        self.sizes = torch.tensor([len(r["cohort"]) for r in self.records], dtype=torch.float64)
-        self.staleness = torch.tensor([r["staleness"] for r in self.records], dtype=torch.float64)
+        self.balance = 0, 0, 0
+        records = watch(where, Idle(), schedule, self.look, rounds, chunk=m).history
+        self.sizes = torch.tensor([len(r["cohort"]) for r in records], dtype=torch.float64)
+        self.staleness = torch.tensor([r["staleness"] for r in records], dtype=torch.float64)
         self.mean_staleness = float(self.sizes @ self.staleness / self.sizes.sum())
-        finished = torch.tensor([job for record in self.records for job in record["jobs"]], dtype=torch.float64)
+        finished = torch.tensor([job for record in records for job in record["jobs"]], dtype=torch.float64)
         client, _, sent, received, computed, *_ = finished.unbind(1)
         steps = (computed - received) / torch.tensor(step, dtype=torch.float64)[client.long()]
         self.jobs = torch.stack([client, sent, steps.round()], 1)
 
-    def start(self, net: LocalNetwork) -> None:
-        self.net = net
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-        self.groups.append(len(self.net.notes["number"]))
-
-    def close(self) -> None:
-        pass
-
-    @property
-    def balance(self) -> tuple[int, int, int]:
-        """Jobs sent; those aggregated; those under way or waiting in a group."""
-        return self.net.clock.tickets, self.net.updates, len(self.net.out) + len(self.net.arrived)
+    def look(self, net: LocalNetwork) -> None:
+        """Note down what there is after an aggregation."""
+        self.groups.append(len(net.notes["number"]))
+        self.balance = net.clock.tickets, net.updates, len(net.out) + len(net.arrived)
 
 
 def first(run: Scored) -> float:
@@ -108,11 +99,6 @@ def final(run: Scored) -> float:
     return 0.0 if diverged else float(run.at(torch.linspace(0.75 * SECONDS, SECONDS, 200, dtype=torch.float64)).mean())
 
 
-def mean(values: Sequence[float]) -> float:
-    """Over the seeds."""
-    return sum(values) / len(values)
-
-
 def arms() -> dict[str, list[tuple[FedAvg, Schedule]]]:
     """What is compared, each with the settings it is tuned over."""
     work = {"batch": 32, "weights": "uniform"}
@@ -125,51 +111,14 @@ def arms() -> dict[str, list[tuple[FedAvg, Schedule]]]:
     }
 
 
-def reproduce() -> Findings:
-    """Measure the claims; about two minutes on one core."""
-    from matplotlib.figure import Figure
-
-    federations = [
-        Federation(digits(), clients=len(STEP), partition=four_classes(test=0), fleet=devices(step=listed(STEP)), seed=seed)
-        for seed in SEEDS
-    ]
-    rows, times, ends, quickest = [], dict[str, float](), dict[str, float](), dict[str, list[Scored]]()
-    for name, settings in arms().items():
-        found = []
-        for rule, schedule in settings:
-            runs = [follow(f, rule, schedule, test_accuracy, 10**6, seconds=SECONDS, chunk=len(STEP)) for f in federations]
-            found.append((mean([first(run) for run in runs]), mean([final(run) for run in runs]), runs))
-            by_seed = " ".join(f"{first(run):g}" for run in runs)
-            rows.append([name, str(rule), str(schedule), by_seed, f"{found[-1][1]:.3f}"])
-        # Each at its best: the time at the setting that is quickest, the accuracy at the one that ends best.
-        times[name], _, quickest[name] = min(found, key=lambda one: one[0])
-        ends[name] = max(end for _, end, _ in found)
-
-    one = Timetable(STEP, COMPASS, 60)
+def laws(one: Timetable) -> list[Property]:
+    """What the schedule alone claims: of ``one``, with speeds that fit a group, of speeds that do not, and without a choice."""
     wide = Timetable((0.01, 0.02, 0.05, 0.1, 0.2), COMPASS, 200)
     stiff = Timetable((0.1, 0.15, 0.2, 0.3, 0.4), fedcompass(q_min=50, q_max=50), 200)
     settled = int(((one.sizes < len(STEP)) | (one.staleness > 0)).nonzero().max()) + 1  # aggregations of the warm-up
     least, most = (int(f(torch.cat([one.jobs, wide.jobs])[:, 2])) for f in (torch.min, torch.max))
     sent, used, waiting = (sum(numbers) for numbers in zip(one.balance, wide.balance, stiff.balance, strict=True))
-    properties = [
-        Property(
-            f"time to {GOAL:.0%}, against FedAvg",
-            f"sooner than FedAvg with {COMPASS.q_max} local steps for everyone, each at its best rate",
-            f"{times[OURS]:.1f} s against {times[SYNC]:.1f} s",
-            times[OURS] < times[SYNC],
-        ),
-        Property(
-            f"time to {GOAL:.0%}, against FedAsync",
-            f"sooner than FedAsync with {COMPASS.q_max} local steps, each at its best settings",
-            f"{times[OURS]:.1f} s against {times[ASYNC]:.1f} s",
-            times[OURS] < times[ASYNC],
-        ),
-        Property(
-            "final accuracy",
-            "at least that of FedAsync, each at its best settings",
-            f"{ends[OURS]:.3f} against {ends[ASYNC]:.3f}",
-            ends[OURS] >= ends[ASYNC],
-        ),
+    return [
         Property(
             "one group",
             "speeds within Qmax / Qmin: after a warm-up every aggregation has all clients, with staleness 0",
@@ -202,23 +151,64 @@ def reproduce() -> Findings:
         ),
     ]
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+
+def draw(quickest: dict[str, list[Scored]], one: Timetable) -> Figure:
+    """The accuracy of each at its quickest, and how many local steps clients of unequal speed are asked for."""
+    figure, (left, right) = panels(10, 1, 1)
     at = torch.linspace(0, SECONDS, 241, dtype=torch.float64)
-    for (name, runs), colour in zip(quickest.items(), COLOURS, strict=False):
-        if name == SHORT:
-            continue
-        accuracy = torch.stack([run.at(at) for run in runs])
-        left.plot(at, accuracy.mean(0), color=colour, label=name)
-        left.fill_between(at, accuracy.min(0).values, accuracy.max(0).values, color=colour, alpha=0.18, lw=0)
+    for name, colour in zip((SYNC, ASYNC, OURS), COLOURS, strict=False):
+        band(left, at, torch.stack([run.at(at) for run in quickest[name]]), colour, name)
     left.axhline(GOAL, color="black", lw=0.6, ls=":")
-    left.set(title="each at its quickest settings", xlabel="virtual seconds", ylabel="test accuracy", ylim=(0.3, 1))
+    left.set(title="each at its quickest settings", xlabel="virtual time (s)", ylabel="test accuracy", ylim=(0.3, 1))
     for i, (step, colour) in enumerate(zip(STEP, COLOURS, strict=False)):
         mine = one.jobs[one.jobs[:, 0] == i]
         right.step(mine[:, 1], mine[:, 2], where="post", color=colour, label=f"{step:g} s a step")
-    right.set(title="FedCompass, local steps of each client", xlabel="virtual seconds", ylabel="local steps", xlim=(0, 15))
+    right.set(title="FedCompass, local steps of each client", xlabel="virtual time (s)", ylabel="local steps", xlim=(0, 15))
     left.legend(frameon=False, loc="lower right")
     right.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+    return figure
+
+
+def reproduce() -> Findings:
+    """Measure the claims; about two minutes on one core."""
+    federations = [
+        Federation(digits(), clients=len(STEP), partition=four_classes(test=0), fleet=devices(step=listed(STEP)), seed=seed)
+        for seed in SEEDS
+    ]
+    rows, times, ends, quickest = [], dict[str, float](), dict[str, float](), dict[str, list[Scored]]()
+    for name, settings in arms().items():
+        found = []
+        for rule, schedule in settings:
+            runs = [follow(f, rule, schedule, test_accuracy, 10**6, seconds=SECONDS, chunk=len(STEP)) for f in federations]
+            found.append((mean([first(run) for run in runs]), mean([final(run) for run in runs]), runs))
+            by_seed = " ".join(f"{first(run):g}" for run in runs)
+            rows.append([name, str(rule), str(schedule), by_seed, f"{found[-1][1]:.3f}"])
+        # Each at its best: the time at the setting that is quickest, the accuracy at the one that ends best.
+        times[name], _, quickest[name] = min(found, key=lambda one: one[0])
+        ends[name] = max(end for _, end, _ in found)
+
+    one = Timetable(STEP, COMPASS, 60)
+    properties = [
+        Property(
+            f"time to {GOAL:.0%}, against FedAvg",
+            f"sooner than FedAvg with {COMPASS.q_max} local steps for everyone, each at its best rate",
+            f"{times[OURS]:.1f} s against {times[SYNC]:.1f} s",
+            times[OURS] < times[SYNC],
+        ),
+        Property(
+            f"time to {GOAL:.0%}, against FedAsync",
+            f"sooner than FedAsync with {COMPASS.q_max} local steps, each at its best settings",
+            f"{times[OURS]:.1f} s against {times[ASYNC]:.1f} s",
+            times[OURS] < times[ASYNC],
+        ),
+        Property(
+            "final accuracy",
+            "at least that of FedAsync, each at its best settings",
+            f"{ends[OURS]:.3f} against {ends[ASYNC]:.3f}",
+            ends[OURS] >= ends[ASYNC],
+        ),
+        *laws(one),
+    ]
 
     return Findings(
         "FedCompass against FedAvg and FedAsync",
@@ -233,5 +223,5 @@ def reproduce() -> Findings:
         properties,
         ("compared", "rule", "schedule", "seconds to 90 %, by seed", "final accuracy"),
         rows,
-        figure,
+        draw(quickest, one),
     )

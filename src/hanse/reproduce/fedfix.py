@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hanse.codecs.base import identity
 from hanse.core.messages import Reply
-from hanse.data.partition import dirichlet, natural
+from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits, quadratics
 from hanse.engines.estimate import Rehearsal, drive
 from hanse.engines.local import LocalNetwork, local
-from hanse.experiment import run
 from hanse.federation import Federation
 from hanse.fleet.profiles import devices
 from hanse.methods.fedasync import FedAsync
 from hanse.methods.fedavg import FedAvg
-from hanse.reproduce.base import SEEDS, Findings, Property, Scored, follow, test_accuracy, train_loss
+from hanse.reproduce.base import (
+    SEEDS,
+    Findings,
+    Property,
+    Scored,
+    band,
+    bowls,
+    follow,
+    models,
+    panels,
+    test_accuracy,
+    train_loss,
+)
 from hanse.schedules.fedbuff import fedasync, fedbuff
 from hanse.schedules.fedcompass import fedcompass
 from hanse.schedules.fedfix import fedfix
@@ -28,8 +39,11 @@ from hanse.schedules.network import Schedule
 from hanse.schedules.staleness import constant
 from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
-from hanse.track.run import Record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+F80 = devices(job="evenly(1.0, 0.2)")
 TAU = [1 - 0.8 * i / 9 for i in range(10)]
 """Seconds of a job of ten clients: scenario F-80."""
 WINDOWS = (0.2, 0.5, 0.8, 1.0)
@@ -61,11 +75,18 @@ CONTENDERS = {
     "FedCompass": Contender(FedAvg(steps=STEPS), fedcompass(q_min=STEPS // 5, q_max=STEPS)),
     UNBIASED: Contender(FedAvg(steps=STEPS), fedasync(weights="unbiased"), 10, LOW_RATES),
 }
-
-
-def bowls() -> Federation:
-    """Ten quadratics, one a client, in F-80."""
-    return Federation(quadratics(), len(TAU), natural(), devices(job="evenly(1.0, 0.2)"), dtype="float64")
+SETTING = (
+    f"Digits, MLP 64-64-10, {CLIENTS} clients with Dirichlet(0.1) labels, batches of 32. Ten local steps take the slowest"
+    " client 1 s and the fastest 0.2 s (F-80); messages take no time; every run has"
+    f" {SECONDS:g} s. Means over 3 seeds (bands: lowest to highest). {STEPS} local steps a job; FedCompass assigns {STEPS // 5}"
+    f" to {STEPS}, with lam = 1.2 and alpha = 0.9. FedAvg waits for all {CLIENTS}; FedBuff has a buffer of {CLIENTS // 2};"
+    " FedFix steps every 0.5 s with unbiased weights; FedAsync mixes models with alpha = 0.6; FedAsync and FedBuff discount by"
+    " (1 + u)^-0.5. FedAsync, unbiased, is that of FedFix's paper: every reply is a step, weighted by how rarely its client"
+    " delivers. Each rate is that with the lowest training loss over the last quarter of the time, of"
+    f" {', '.join(f'{r:g}' for r in RATES)}, or of {', '.join(f'{r:g}' for r in LOW_RATES)} where replies count 20 times as"
+    " much. MB are sent both ways. Quadratics: ten, one a client, one step a job at rate 0.02 (FedFix) or 0.01; ends are"
+    " means of the models of the second half."
+)
 
 
 class Ledger(Rehearsal):
@@ -96,48 +117,23 @@ def window_law(dt: float) -> tuple[bool, float]:
     """
     periods = [math.ceil(tau / dt - 1e-9) for tau in TAU]
     windows = math.lcm(*periods)
-    ledger = Ledger(bowls(), windows).play(fedfix(window=dt))
+    ledger = Ledger(bowls(F80), windows).play(fedfix(window=dt))
     exact = ledger.deliveries.tolist() == [windows / k for k in periods]
     return exact, float((ledger.counted / windows - 0.1).abs().max())
 
 
 def arrival_law() -> tuple[float, float]:
     """Relative errors of the shares of deliveries, 1 / tau_i, and of the mean unbiased weight, when every delivery is a step."""
-    ledger = Ledger(bowls(), DELIVERIES).play(fedasync(weights="unbiased"))
+    ledger = Ledger(bowls(F80), DELIVERIES).play(fedasync(weights="unbiased"))
     rate = 1 / torch.tensor(TAU, dtype=torch.float64)
     share, weight = ledger.deliveries / DELIVERIES / (rate / rate.sum()), ledger.counted / DELIVERIES * len(TAU)
     return float((share - 1).abs().max()), float((weight - 1).abs().max())
 
 
-class _Path:
-    """A writer that keeps the models of the second half of a run, and their mean."""
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds, self.models = rounds, list[Tensor]()
-        self.net: LocalNetwork | None = None
-
-    def start(self, net: LocalNetwork) -> None:
-        self.net = net
-
-    def write(self, record: Record) -> None:
-        assert self.net is not None
-        if record["round"] > self.rounds // 2:
-            self.models.append(self.net.state["x"])
-
-    def close(self) -> None:
-        pass
-
-    @property
-    def mean(self) -> Tensor:
-        return torch.stack(self.models).mean(0)
-
-
 def limit(schedule: Schedule, lr: float, rounds: int) -> Tensor:
     """Where one small step a job leads on the quadratics: the mean model of the second half of ``rounds`` rounds."""
-    path, engine = _Path(rounds), local(path="vmap", chunk=10, workers=1, threads=1)
-    rule = FedAvg(lr=lr, steps=1)
-    run(bowls(), rule, schedule, rounds=rounds, evaluate=0, engine=engine, writers=[path], on_start=path.start)
-    return path.mean
+    path, _ = models(bowls(F80), FedAvg(lr=lr, steps=1), schedule, rounds)
+    return path[rounds // 2 :].mean(0)
 
 
 def minimiser(weight: Tensor) -> Tensor:
@@ -195,10 +191,40 @@ def course(federations: list[Federation], contender: Contender, rate: float) -> 
     return Course(rate, torch.stack(losses), torch.stack(accuracies), torch.stack(last), updates / n, sent / n / 1e6)
 
 
+def table(swept: dict[str, list[Course]], best: dict[str, Course]) -> list[list[str]]:
+    """A row a contender, at its best rate."""
+    rows = []
+    for name, c in best.items():
+        by_rate = ", ".join(f"{other.rate:g}: {other.final:.3f}" for other in swept[name])
+        reached = [f"{c.reached(share):.3f}" for share in (0.25, 0.5, 1)]
+        numbers = [f"{c.loss[:, -1].mean():.3f}", f"{c.spread:.3f}", f"{c.updates:.0f}", f"{c.megabytes:.1f}"]
+        rows.append([name, f"{c.rate:g}", *reached, *numbers, by_rate])
+    return rows
+
+
+def draw(best: dict[str, Course]) -> Figure:
+    """The accuracy of the five schedules, and the loss of those in the paper, over virtual time."""
+    figure, (left, right) = panels(12, 3, 2, height=4.6)
+    colours = dict(zip(best, COLOURS, strict=False))
+    for name, c in best.items():
+        label = f"{name}, rate {c.rate:g}"
+        if name != UNBIASED:
+            band(left, GRID, c.accuracy, colours[name], label)
+        if name in ("FedAvg", UNBIASED, "FedFix"):
+            band(right, GRID, c.loss, colours[name], label)
+    for ax in (left, right):
+        ax.set(xlabel="virtual time (s)", xlim=(0, SECONDS), xticks=range(0, int(SECONDS) + 1, 5))
+    left.set(title="five schedules", ylabel="test accuracy", ylim=(0.3, 1))
+    left.legend(frameon=False, loc="lower right")
+    right.set(title="the schemes of the paper", ylabel="training loss", yscale="log")
+    right.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+    right.set_yticks([], minor=True)
+    right.legend(frameon=False, loc="lower left")
+    return figure
+
+
 def reproduce() -> Findings:
     """Measure the claims; about two and a half minutes on one core."""
-    from matplotlib.figure import Figure
-
     fleet = devices(step=f"evenly({1 / STEPS}, {0.2 / STEPS})")
     federations = [Federation(digits(), CLIENTS, dirichlet(0.1), fleet, seed=seed) for seed in SEEDS]
     swept = {name: [course(federations, c, rate) for rate in c.rates] for name, c in CONTENDERS.items()}
@@ -262,49 +288,11 @@ def reproduce() -> Findings:
         ),
     ]
 
-    rows = []
-    for name, c in best.items():
-        grid = " ".join(f"{other.rate:g}: {other.final:.3f}" for other in swept[name])
-        reached = [f"{c.reached(share):.3f}" for share in (0.25, 0.5, 1)]
-        end = f"{float(c.loss[:, -1].mean()):.3f}"
-        rows.append([name, f"{c.rate:g}", *reached, end, f"{c.spread:.3f}", f"{c.updates:.0f}", f"{c.megabytes:.1f}", grid])
-
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = dict(zip(best, COLOURS, strict=False))
-    for ax, names, what in (
-        (left, [name for name in best if name != UNBIASED], "accuracy"),
-        (right, ["FedAvg", UNBIASED, "FedFix"], "loss"),
-    ):
-        for name in names:
-            y = getattr(best[name], what)
-            label = f"{name}, rate {best[name].rate:g}"
-            ax.plot(GRID, y.mean(0), color=colours[name], lw=2, label=label, drawstyle="steps-post")
-            ax.fill_between(GRID, y.min(0).values, y.max(0).values, color=colours[name], alpha=0.15, lw=0, step="post")
-        ax.set(xlabel="virtual time (s)", xlim=(0, SECONDS), xticks=range(0, int(SECONDS) + 1, 5))
-        ax.grid(color="#e4e4e4", lw=0.8)
-        ax.spines[["top", "right"]].set_visible(False)
-    left.set(title="five schedules", ylabel="test accuracy", ylim=(0.3, 1))
-    left.legend(frameon=False, loc="lower right")
-    right.set(title="the schemes of the paper", ylabel="training loss", yscale="log")
-    right.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
-    right.set_yticks([], minor=True)
-    right.legend(frameon=False, loc="lower left")
-
     return Findings(
         "FedFix, and five schedules on one fleet",
-        f"Digits, MLP 64-64-10, {CLIENTS} clients with Dirichlet(0.1) labels, batches of 32. Ten local steps take the slowest"
-        " client 1 s and the fastest 0.2 s (F-80); messages take no time; every run has"
-        f" {SECONDS:g} s. Means over 3 seeds (bands: lowest to highest). {STEPS} local steps a job; FedCompass assigns {STEPS // 5}"
-        f" to {STEPS}, with lam = 1.2 and alpha = 0.9. FedAvg waits for all {CLIENTS}; FedBuff has a buffer of {CLIENTS // 2};"
-        " FedFix steps every 0.5 s with unbiased weights; FedAsync mixes models with alpha = 0.6; FedAsync and FedBuff discount by"
-        " (1 + u)^-0.5. FedAsync, unbiased, is that of FedFix's paper: every reply is a step, weighted by how rarely its client"
-        " delivers. Each rate is that with the lowest training loss over the last quarter of the time, of"
-        f" {', '.join(f'{r:g}' for r in RATES)}, or of {', '.join(f'{r:g}' for r in LOW_RATES)} where replies count 20 times as"
-        " much. MB are sent both ways. Quadratics: ten, one a client, one step a job at rate 0.02 (FedFix) or 0.01; ends are"
-        " means of the models of the second half.",
+        SETTING,
         properties,
         ("schedule", "rate", "accuracy at 5 s", "at 10 s", "at 20 s", "loss", "its deviation", "updates", "MB", "loss by rate"),
-        rows,
-        figure,
+        table(swept, best),
+        draw(best),
     )

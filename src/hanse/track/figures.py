@@ -445,7 +445,9 @@ def per_client(runs: Sequence[Run]) -> Figure:
     rows = [label for label, found in scores.items() if not np.isnan(found).all()]
     if not rows:
         raise DataError("nothing to draw: no client has test data of its own")
-    figure, (ax, side) = _figure(WIDE, 4.2, columns=2, width_ratios=(1, 1))
+    names = [textwrap.fill(label, 24) for label in rows]
+    lines = max(name.count("\n") + 1.5 for name in names)  # of 9.5 points, and half of one between two names
+    figure, (ax, side) = _figure(WIDE, max(4.2, 1.1 + 0.16 * lines * len(rows)), columns=2, width_ratios=(1, 1))
     for label, style in zip(members, _styles(members), strict=True):
         if label not in rows:
             continue
@@ -471,20 +473,21 @@ def per_client(runs: Sequence[Run]) -> Figure:
     else:
         side.margins(x=0.3)
     ax.axvspan(0, 0.1, color=EMPTY, zorder=0, lw=0)
-    ax.text(0.11, 0.02, "worst 10 %", transform=ax.transAxes, fontsize=9, color=FAINT)
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, 0, " %"))
     ax.set_xlabel("clients, from worst to best")
     ax.set_ylabel(f"client's {name}")
     side.set_xlabel(name)
-    side.set_yticks(range(len(rows)), [textwrap.fill(label, 24) for label in rows])
+    side.set_yticks(range(len(rows)), names)
     for tick, label in zip(side.get_yticklabels(), rows, strict=True):
         tick.set(color=_styles(members)[list(members).index(label)]["color"], weight="bold")
     side.set_ylim(len(rows) - 0.4, -0.6)
     side.grid(axis="y", visible=False)
     side.tick_params(axis="y", length=0)
     _subtitle(side, "●  mean     ▼  mean of the worst 10 %")
-    _title(figure, ax, f"{name.capitalize()} of every client on its own test data", _pooled_text(members))
+    _title(
+        figure, ax, f"{name.capitalize()} of every client on its own test data", f"{_pooled_text(members)}; shaded: the worst 10 %"
+    )
     return figure
 
 
@@ -565,6 +568,9 @@ def _legend(figure: Figure, ax: Axes) -> None:
     fits = int(11 * figure.get_figwidth() // (6 + max(map(len, labels))))
     rows = -(-len(labels) // max(1, fits))
     columns = -(-len(labels) // rows)
+    figure.set_figheight(
+        figure.get_figheight() + 0.2 * (rows - 1)
+    )  # a row of 10 points, at the cost of the page and not of the data
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=10, handlelength=1.8)
 
 

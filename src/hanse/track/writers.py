@@ -19,7 +19,13 @@ def require(name: str) -> None:
 def scalars(record: Record) -> dict[str, float]:
     """One round as flat numbers."""
     costs = {"virtual_seconds": record["seconds"], "bytes_down": record["bytes_down"], "bytes_up": record["bytes_up"]}
-    return {"train_loss": record["loss"], **costs, **record["metrics"]}
+    return {
+        "train_loss": record["loss"],
+        **costs,
+        "client_updates": record["updates"],
+        "staleness": record["staleness"],
+        **record["metrics"],
+    }
 
 
 class TensorBoard:
