@@ -80,7 +80,7 @@ class secure(Privacy):
     fraction: NonNegativeInt | None = None
     """Fractional bits; None: as many as the number of clients leaves room for."""
     neighbours: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
-    """Each client masks with this many others, an even number, drawn by the server, rather than with all. Fewer cost less and hide less."""
+    """Mask with this many others, an even number, drawn by the server, rather than with all. Fewer cost less and hide less."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
