@@ -138,6 +138,7 @@ KINDS = (
     "schedules",
     "codecs",
     "aggregators",
+    "privacy",
     "tasks",
     "partitions",
     "fleets",

@@ -31,6 +31,10 @@ class CheckpointError(HanseError):
     """A checkpoint or run folder is missing, truncated, foreign or cannot be written."""
 
 
+class PrivacyError(HanseError):
+    """What was promised to be kept private would not be: a message that breaks a protocol, too few clients, an unbounded value."""
+
+
 class DivergedError(HanseError):
     """Training produced NaN or infinity."""
 
