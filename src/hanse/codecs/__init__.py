@@ -1,17 +1,19 @@
 """How much travels: vectors to bytes and back."""
 
-from hanse.codecs.base import Codec, Sending, Sent, identity
+from hanse.codecs.base import Codec, Links, Sending, Sent, identity
 from hanse.codecs.chain import chain, layers
 from hanse.codecs.coders import bitmap, elias, gaps, golomb, huffman, packed, positions, shortest
 from hanse.codecs.feedback import feedback
 from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
-from hanse.codecs.sparse import randomk, threshold, topk
+from hanse.codecs.sparse import bcrs, randomk, threshold, topk
 from hanse.codecs.zstd import zstd
 
 __all__ = [
     "Codec",
+    "Links",
     "Sending",
     "Sent",
+    "bcrs",
     "bitmap",
     "cast",
     "chain",

@@ -47,6 +47,15 @@ class Sent(NamedTuple):
     kept: Tensor | None = None
 
 
+class Links(NamedTuple):
+    """The links of some clients, float64 ``[C]`` each."""
+
+    up: Tensor
+    """Bytes per second to the server."""
+    latency: Tensor
+    """Seconds for a message one way."""
+
+
 class Codec(Part):
     """Base of all codecs. ``decode(encode(x))`` equals a row of ``roundtrip`` bit for bit, with the same number of bytes.
 
@@ -81,6 +90,10 @@ class Codec(Part):
         coded = [self.encode(row, each) for row, each in zip(rows, one, strict=True)]
         values = [self.decode(data, sending.layout) for data in coded]
         return Sent(torch.stack(values).to(rows.device), torch.tensor([len(data) for data in coded]))
+
+    def allot(self, links: Links, size: int) -> Tensor | None:
+        """What share of ``size`` entries each client of a cohort may send, float64 ``[C]``, if the server decides that."""
+        return None
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hanse.codecs.base import Codec, Sending, Sent
+from hanse.codecs.base import Codec, Links, Sending, Sent
 from hanse.codecs.wire import FRAME, Buffer, Reader, frame, raw, unframe, varint, varint_size
 from hanse.core.errors import CodecError
 from hanse.core.layout import Layout
@@ -197,6 +197,10 @@ class chain(Codec):
 
     def full(self) -> str:
         return " | ".join(stage.full() for stage in self.stages)
+
+    def allot(self, links: Links, size: int) -> Tensor | None:
+        shares = (stage.allot(links, size) for stage in self.stages)
+        return next((share for share in shares if share is not None), None)
 
     @property
     def short_name(self) -> str:

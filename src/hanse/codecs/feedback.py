@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hanse.codecs.base import Codec, Sending, Sent
+from hanse.codecs.base import Codec, Links, Sending, Sent
 from hanse.core.layout import Layout
 
 
@@ -31,6 +31,9 @@ class feedback(Codec):
         data = self.codec.encode(wanted, sending)
         sending.memory["residual"] = (wanted - self.codec.decode(data, sending.layout))[None]
         return data
+
+    def allot(self, links: Links, size: int) -> Tensor | None:
+        return self.codec.allot(links, size)
 
     @property
     def sparse(self) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from hanse.codecs.base import Sending
+from hanse.codecs.base import Links, Sending
 from hanse.codecs.chain import Load, Select
 from hanse.core.streams import MASK, key, philox
 
@@ -53,12 +53,33 @@ class topk(Sparse):
             count = _count(torch.tensor(share, dtype=torch.float64), load.size)
             return replace(load, places=(at := largest(load.values, int(count))), values=load.values.gather(1, at))
         counts = _count(sending.share, load.size)
-        most = int(counts.max())
-        order = load.values.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
-        order[torch.arange(most) >= counts[:, None].to(order.device)] = load.size
-        places = order.sort(1).values
+        most = largest(load.values, int(counts.max()))
+        rank = load.values.gather(1, most).abs().argsort(dim=1, descending=True, stable=True)
+        surplus = torch.arange(most.shape[1]) >= counts[:, None]
+        places = most.gather(1, rank).masked_fill(surplus.to(most.device), load.size).sort(1).values
         values = torch.where(places < load.size, load.values.gather(1, places.clamp(max=load.size - 1)), 0)
         return replace(load, places=places, values=values, counts=counts)
+
+
+class bcrs(topk):
+    """Top-k whose share follows the client's link, so that all uploads of a cohort end together (bandwidth-aware ratios).
+
+        T_i(CR) = L_i + entry P CR / B_i;   T* = max_i T_i(CR*);   CR_i = clip((T* - L_i) B_i / (entry P), CR*, 1)
+
+    Tang et al.: "Bandwidth-Aware and Overlap-Weighted Compression for Communication-Efficient Federated Learning", 2024,
+    arXiv 2408.14736. CR* is ``fraction``; L latency and B bytes per second to the server, as the fleet declares them. The round takes
+    as long as with ``topk`` at CR*, but more is sent. ``layers`` and a quantiser or coder go with it as with ``topk``. That a kept
+    entry costs its place as well is our choice; training time does not count.
+    """
+
+    entry: PositiveFloat = 8.0
+    """Bytes a kept entry costs: four for its place and four for its value, less with a quantiser or coder."""
+
+    def allot(self, links: Links, size: int) -> Tensor:
+        whole = self.entry * size
+        bench = (links.latency + whole * self.fraction / links.up).amax()
+        share = (bench - links.latency) * links.up / whole
+        return torch.where(share.isnan(), self.fraction, share).clamp(self.fraction, 1)
 
 
 def _count(share: Tensor, size: int) -> Tensor:

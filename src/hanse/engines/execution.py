@@ -32,7 +32,8 @@ class Orders:
     """What some clients are to do, each tensor int64 ``[C]``: all of the rule's ``work``, from ``messages[which]``.
 
     ``tickets`` are the numbers of the jobs, ``rounds`` names each client's work (all its chance is drawn for it), ``versions`` is
-    the round of its message, ``steps`` its number of local steps.
+    the round of its message, ``steps`` its number of local steps. ``share`` float64 ``[C]`` is what part of its entries each may
+    send, where the server has allotted that.
     """
 
     work: str
@@ -43,14 +44,18 @@ class Orders:
     versions: Tensor
     steps: Tensor
     which: Tensor
+    share: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.clients)
 
     def take(self, which: Tensor | slice) -> Orders:
         """The orders of some of the clients."""
-        columns = (t[which] for t in (self.tickets, self.clients, self.rounds, self.versions, self.steps, self.which))
-        return Orders(self.work, self.messages, *columns)
+        tickets, clients, rounds, versions, steps, place = (
+            t[which] for t in (self.tickets, self.clients, self.rounds, self.versions, self.steps, self.which)
+        )
+        share = None if self.share is None else self.share[which]
+        return Orders(self.work, self.messages, tickets, clients, rounds, versions, steps, place, share)
 
 
 @dataclass
@@ -153,6 +158,8 @@ class Executor:
         return Sending(
             layout=self.layout if width == self.layout.size else Layout({name: (width,)}),
             seeds=words[:, 0] | words[:, 1] << 32,
+            share=orders.share,
+            masks=self.method.masks,
             memory={row: state[key] for row in self.codec.keeps if (key := memory_key(name, row)) in state},
         )
 
@@ -210,14 +217,23 @@ def encode(upload: Upload, codec: Codec, state: Tensors, sending: Callable[[str,
     if codec.plain:
         lengths = {n: there.long() - 1 for n, there in sent.items()}  # 0 where sent, else -1
         return _sizes(lengths, lambda kind: wire_size({**{n: one[n] for n in kind}, **scalars}), len(upload.clients))
-    lengths = {}
+    lengths, marks = {}, Tensors()
     for group in (upload.sums, upload.rows):
         for name in [n for n in group if n not in AS_IS]:
             how = sending(name, group[name].shape[1])
-            group[name], size, _ = codec.roundtrip(group[name], how)
-            state |= {memory_key(name, row): kept for row, kept in how.memory.items()}
+            group[name], size, kept = codec.roundtrip(group[name], how)
+            if kept is not None and group is upload.sums:
+                marks |= _marks(name, kept, upload.weight)
+            state |= {memory_key(name, row): values for row, values in how.memory.items()}
             lengths[name] = torch.where(sent[name], size, -1)
+    upload.sums |= marks
     return _sizes(lengths, lambda kind: wire_size(scalars, kind), len(upload.clients))
+
+
+def _marks(name: str, kept: Tensor, weight: Tensor) -> Tensors:
+    """Which entries of ``name`` arrived, as sums: the weights of those who sent an entry, and how many they are."""
+    each = kept.to(weight.dtype)
+    return {f"{name}.kept": each, f"{name}.overlap": each / torch.where(weight > 0, weight, torch.inf)[:, None]}
 
 
 def _sizes(lengths: Tensors, size: Callable[[dict[str, int]], int], clients: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from hanse.codecs.base import Codec, Sending, identity
+from hanse.codecs.base import Codec, Links, Sending, identity
 from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import paths
@@ -60,7 +60,10 @@ class local(Engine):
         return None
 
 
-FORMAT = 2
+SHARE_BYTES = 8
+"""What a message is longer by that says what part of its entries a client may send."""
+
+FORMAT = 3
 """Version of a checkpoint's layout; one that reads differently counts up."""
 
 
@@ -245,8 +248,14 @@ class LocalNetwork:
             self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
         message, size = self._down(message)
-        number = self.pending.post(work, message)
-        return self.clock.send(clients, self.round, self._keys(who), number, size, task, patience)
+        number, share = self.pending.post(work, message), self._shares(clients)
+        size += 0 if share is None else SHARE_BYTES
+        return self.clock.send(clients, self.round, self._keys(who), number, size, task, patience, share)
+
+    def _shares(self, clients: Tensor) -> Tensor | None:
+        """What part of its entries each client may send, if the codec has the server decide that by the cohort's links."""
+        links = self.clock.links(clients) if len(clients) else None
+        return None if links is None else self.codec.allot(Links(*links), self.problem.shared)
 
     def _down(self, message: Tensors) -> tuple[Tensors, int]:
         """What clients receive of a message, and its bytes; the same message is encoded once."""
@@ -387,7 +396,8 @@ class LocalNetwork:
             torch.from_numpy(jobs[name].copy()) for name in ("ticket", "client", "key", "version", "steps")
         )
         tensors, place = [m.tensors for m in messages], torch.from_numpy(which)
-        return self._perform(Orders(messages[0].work, tensors, tickets, clients, keys, versions, steps, place), total)
+        share = torch.from_numpy(jobs["share"].copy()) if jobs["share"].any() else None
+        return self._perform(Orders(messages[0].work, tensors, tickets, clients, keys, versions, steps, place, share), total)
 
     def _perform(self, orders: Orders, total: bool) -> list[Lane]:
         if self.arrangement is None:

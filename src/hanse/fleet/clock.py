@@ -46,8 +46,9 @@ COLUMNS = (
     "twice",  # whether the reply arrives twice
 )
 Jobs = NDArray[Any]
-"""Rows of jobs, int64 fields named as in ``COLUMNS``, and the float64 field ``rate``, bytes a second to the server."""
-JOB = np.dtype([*((name, np.int64) for name in COLUMNS), ("rate", np.float64)])
+"""Rows of jobs: int64 fields named as in ``COLUMNS``; float64 fields ``rate``, bytes a second to the server, and ``share``, what
+part of its entries the client may send (0: the codec's own)."""
+JOB = np.dtype([*((name, np.int64) for name in COLUMNS), ("rate", np.float64), ("share", np.float64)])
 
 
 class Mark(NamedTuple):
@@ -116,7 +117,15 @@ class Clock:
         return live
 
     def send(
-        self, clients: Tensor, version: int, keys: NDArray[np.int64], message: int, size: int, work: Work, patience: float
+        self,
+        clients: Tensor,
+        version: int,
+        keys: NDArray[np.int64],
+        message: int,
+        size: int,
+        work: Work,
+        patience: float,
+        share: Tensor | None = None,
     ) -> Jobs:
         """Send a message of ``size`` bytes to ``clients``; the jobs this starts, in the order of ``clients``.
 
@@ -128,7 +137,7 @@ class Clock:
         jobs["ticket"] = self.tickets + np.arange(len(who))
         jobs["client"], jobs["version"], jobs["key"], jobs["message"] = who, version, keys, message
         jobs["steps"], jobs["sent"] = work.steps.numpy(), self.time
-        jobs["rate"] = np.inf
+        jobs["rate"], jobs["share"] = np.inf, 0 if share is None else share.numpy()
         jobs["expires"] = NEVER if math.isinf(patience) else min(self.time + int(nanoseconds(patience)), NEVER)
         self.tickets += len(who)
         self.down += size * len(who)
@@ -151,6 +160,11 @@ class Clock:
             self._slot[new] = len(self._drawn) + np.arange(len(new))
             self._drawn = torch.cat([self._drawn.reshape(-1, len(drawn)), torch.stack([*drawn], 1)])
         return Profile(*self._drawn[torch.from_numpy(self._slot[who]).long()].unbind(1))
+
+    def links(self, clients: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Bytes per second to the server and latency of ``clients``, float64 ``[C]``; None where nothing takes time."""
+        profile = self._profile(clients)
+        return None if profile is None else (profile.up, profile.latency)
 
     def _place(self, jobs: Jobs, clients: Tensor, profile: Profile, size: int, work: Work) -> None:
         received = nanoseconds(profile.latency + size / profile.down) + self.time

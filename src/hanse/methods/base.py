@@ -46,6 +46,9 @@ class Method(Part):
     opens: ClassVar[bool] = False
     """Whether every client has work called ``open`` before round 0, whose replies go to ``opened``."""
 
+    masks: ClassVar[bool] = False
+    """Whether the server asks which entries of a sum arrived: ``name.kept`` and ``name.overlap`` are then sums as well."""
+
     lr: LearningRate = constant(value=0.1)
     """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
     local: Optimizer = sgd()
