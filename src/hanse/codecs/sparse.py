@@ -72,6 +72,8 @@ class bcrs(topk):
     entry costs its place as well is our choice; training time does not count.
     """
 
+    fraction: Fraction = 0.1
+    """The ratio CR*: share of entries kept by the slowest client, and by all where nothing takes time."""
     entry: PositiveFloat = 8.0
     """Bytes a kept entry costs: four for its place and four for its value, less with a quantiser or coder."""
 
