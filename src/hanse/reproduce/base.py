@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from hanse.codecs.base import Codec
 from hanse.core.errors import CheckpointError, DivergedError
 from hanse.data.partition import Partition, natural
 from hanse.data.tasks import digits, quadratics
@@ -187,6 +188,7 @@ def watch(
     rounds: int,
     seconds: float | None = None,
     chunk: int = 20,
+    codec: Codec | None = None,
 ) -> Run:
     """A run of ``rounds`` rounds or ``seconds`` virtual seconds, whose network ``look`` gets after every round."""
     # A fixed arrangement, so that the numbers do not depend on what a machine finds fastest.
@@ -199,6 +201,7 @@ def watch(
         rounds=rounds,
         seconds=seconds,
         evaluate=0,
+        codec=codec,
         engine=engine,
         writers=[listener],
         on_start=listener.start,
