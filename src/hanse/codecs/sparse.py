@@ -67,9 +67,9 @@ class bcrs(topk):
         T_i(CR) = L_i + entry P CR / B_i;   T* = max_i T_i(CR*);   CR_i = clip((T* - L_i) B_i / (entry P), CR*, 1)
 
     Tang et al.: "Bandwidth-Aware and Overlap-Weighted Compression for Communication-Efficient Federated Learning", 2024,
-    arXiv 2408.14736. CR* is ``fraction``; L latency and B bytes per second to the server, as the fleet declares them. The round takes as
-    long as with ``topk`` at CR*, but more is sent. ``layers`` and a quantiser or coder go with it as with ``topk``. That a kept entry
-    costs its place as well is our choice; training time does not count.
+    arXiv 2408.14736. CR* is ``fraction``; L is latency and B bytes per second to the server, as the fleet declares them. The round
+    takes as long as with ``topk`` at CR*, but more is sent. ``layers`` and a quantiser or coder go with it as with ``topk``. That a
+    kept entry costs its place as well is our choice; training time does not count.
     """
 
     fraction: Fraction = 0.1

@@ -16,7 +16,7 @@ from hanse.fleet.distributions import lognormal, uniform
 from hanse.fleet.profiles import devices
 from hanse.methods.fedavg import FedAvg
 from hanse.methods.opwa import OPWA
-from hanse.reproduce.base import SEEDS, Findings, Property, panels, test_accuracy, watch
+from hanse.reproduce.base import SEEDS, Findings, Property, panels, test_accuracy, ticks, watch
 from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
 
@@ -95,23 +95,24 @@ WHOLE = {
 def draw(found: dict[float, dict[str, Course]]) -> Figure:
     """Accuracy against bytes and against virtual time."""
     figure, (left, right) = panels(11, 1, 1, height=5)
-    names = [*WHOLE, *ways(RATIOS[0])]
-    for name, colour in zip(names, COLOURS, strict=False):
-        one = found[RATIOS[0]][name]
-        _line(left, one.up / 1e6, one.accuracy, colour, name)
-        _line(right, one.seconds, one.accuracy, colour, name)
+    colours = dict(zip([name for name in found[RATIOS[0]] if "OPWA" not in name], COLOURS, strict=False))
+    for name, one in found[RATIOS[0]].items():
+        colour, style = colours[name.removesuffix(", OPWA")], "--" if "OPWA" in name else "-"
+        _line(left, one.up / 1e6, one.accuracy, colour, style, name)
+        _line(right, one.seconds, one.accuracy, colour, style, name)
     left.set(xlabel="MB from the clients", ylabel="test accuracy, mean of five rounds", xscale="log")
-    right.set(xlabel="virtual time (s)", xscale="log")
+    ticks(left, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4))
+    right.set(xlabel="virtual time (s)", xlim=(0, None))
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
-def _line(ax: Axes, x: Tensor, y: Tensor, colour: str, label: str) -> None:
+def _line(ax: Axes, x: Tensor, y: Tensor, colour: str, style: str, label: str) -> None:
     smooth = y.unfold(1, 5, 1).mean(2)
     at = x.mean(0)[4:]
-    ax.plot(at, smooth.mean(0), color=colour, label=label)
-    ax.fill_between(at, smooth.min(0).values, smooth.max(0).values, color=colour, alpha=0.12, lw=0)
+    ax.plot(at, smooth.mean(0), style, color=colour, label=label)
+    ax.fill_between(at, smooth.min(0).values, smooth.max(0).values, color=colour, alpha=0.1, lw=0)
 
 
 def reproduce() -> Findings:
