@@ -140,6 +140,21 @@ def test_one_rule_under_schedules_of_one_name_is_told_apart_by_the_fields_that_d
     ]
 
 
+def test_chains_of_codecs_are_told_apart_by_their_stages_and_these_by_their_fields():
+    texts = (
+        "layers() | uniform(bits=8, stochastic=False)",
+        "layers() | topk(fraction=0.1, only={}) | kmeans(centres=2)",
+        "layers() | topk(fraction=0.5, only={}) | kmeans(centres=2)",
+        "feedback(codec=topk(fraction=0.1, only={}))",
+    )
+    assert list(groups([run(codec=text) for text in texts])) == [
+        "FedAvg layers | uniform",
+        "FedAvg layers | topk(fraction=0.1) | kmeans",
+        "FedAvg layers | topk(fraction=0.5) | kmeans",
+        "FedAvg feedback",
+    ]
+
+
 def test_a_run_that_ended_by_its_time_did_not_stop_early():
     ended, stopped = run(seconds=9.0), run(seed=1, seconds=9.0)
     ended.settings |= {"rounds": "1000", "seconds": str(ended.history[-1]["seconds"])}

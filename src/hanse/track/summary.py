@@ -38,18 +38,30 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _difference(key: str, run: Run, rivals: Sequence[Mapping[str, str]]) -> str:
     """A setting in which runs differ; of a part its name, with the fields that tell it apart from its namesakes."""
     own = run.settings.get(key, "-")
-    name = own.partition("(")[0]
-    if not name.isidentifier():
+    stages = _stages(own)
+    if not stages:
         return f"{key}={own}"
-    namesakes = [_fields(value) for value in {r.get(key, "-") for r in rivals} if value.partition("(")[0] == name]
-    apart = {k: v for k, v in _fields(own).items() if any(other.get(k) != v for other in namesakes)}
-    return f"{name}({', '.join(f'{k}={v}' for k, v in apart.items())})" if apart else name
+    names = [name for name, _ in stages]
+    others = [found for found in map(_stages, {r.get(key, "-") for r in rivals}) if [name for name, _ in found] == names]
+    texts = []
+    for i, (name, fields) in enumerate(stages):
+        apart = [f"{k}={v}" for k, v in fields.items() if any(other[i][1].get(k) != v for other in others)]
+        texts.append(f"{name}({', '.join(apart)})" if apart else name)
+    return " | ".join(texts)
 
 
-def _fields(part: str) -> dict[str, str]:
-    """The fields of a part written in full, as text."""
-    call = ast.parse(part, mode="eval").body
-    return {str(k.arg): ast.unparse(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
+def _stages(part: str) -> list[tuple[str, dict[str, str]]]:
+    """Name and fields, as text, of every stage of a part written in full; most have one, a codec may be a chain; else none."""
+    try:
+        node = ast.parse(part, mode="eval").body
+    except SyntaxError:
+        return []
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        before, after = _stages(ast.unparse(node.left)), _stages(ast.unparse(node.right))
+        return [*before, *after] if before and after else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return [(node.func.id, {str(k.arg): ast.unparse(k.value) for k in node.keywords})]
+    return [(node.id, {})] if isinstance(node, ast.Name) else []
 
 
 def _but_seed(run: Run) -> dict[str, str]:
