@@ -137,3 +137,13 @@ def _draw(generator: object) -> int:
     if isinstance(generator, torch.Generator):
         return int(torch.randint(1 << 62, (), generator=generator))
     return int(generator.integers(1 << 62))  # type: ignore[attr-defined]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**30)), min_size=2, max_size=20, unique=True))
+def test_no_two_clients_or_rounds_share_a_seed(pairs: list[tuple[int, int]]) -> None:
+    clients, rounds = torch.tensor(pairs).T
+    found = Streams(3).seeds("codec", clients, rounds)
+    assert len(found.unique()) == len(pairs)
+    assert [int(Streams(3).seeds("codec", c[None], int(r))) for c, r in zip(clients, rounds, strict=True)] == found.tolist()
+    assert bool((found != Streams(4).seeds("codec", clients, rounds)).all())
+    assert bool((found != Streams(3).seeds("other", clients, rounds)).all())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, ClassVar
 
 import torch
@@ -69,18 +70,22 @@ class Stage(Codec):
     place: ClassVar[int] = 0
     """Where in a chain it stands: layers, select or shrink, quantise, write, squeeze."""
 
+    @cached_property
+    def _alone(self) -> chain:
+        return chain(stages=(self,))
+
     def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
-        return chain(stages=(self,)).encode(x, sending)
+        return self._alone.encode(x, sending)
 
     def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
-        return chain(stages=(self,)).decode(data, layout)
+        return self._alone.decode(data, layout)
 
     def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
-        return chain(stages=(self,)).roundtrip(rows, sending)
+        return self._alone.roundtrip(rows, sending)
 
     @property
     def sparse(self) -> bool:
-        return chain(stages=(self,)).sparse
+        return self._alone.sparse
 
 
 class layers(Stage):
@@ -212,17 +217,17 @@ class chain(Codec):
     def sparse(self) -> bool:
         return any(stage.place == Select.place for stage in self.stages)
 
-    @property
+    @cached_property
     def _transforms(self) -> list[Transform]:
         return [stage for stage in self.stages if isinstance(stage, Transform)]
 
-    @property
+    @cached_property
     def _coder(self) -> Coder:
         from hanse.codecs.coders import packed
 
         return next((stage for stage in self.stages if isinstance(stage, Coder)), packed())
 
-    @property
+    @cached_property
     def _squeeze(self) -> Squeeze | None:
         return next((stage for stage in self.stages if isinstance(stage, Squeeze)), None)
 

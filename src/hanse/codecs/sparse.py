@@ -100,7 +100,11 @@ def largest(rows: Tensor, k: int) -> Tensor:
 
 def _top(magnitude: Tensor, k: int) -> Tensor:
     """``largest`` of numbers that are not negative."""
-    last = magnitude.topk(k, 1, sorted=True).values[:, -1:]  # which of equals it takes is left open, what they are is not
+    cut = magnitude.shape[1] - k
+    if magnitude.device.type == "cpu":
+        last = torch.from_numpy(np.partition(magnitude.numpy(), cut, axis=1)[:, cut : cut + 1])
+    else:  # which of equals it takes is left open, what they are is not
+        last = magnitude.topk(k, 1).values.amin(1, keepdim=True)
     chosen = magnitude >= last
     if int(chosen.sum()) > k * len(magnitude):
         equal = magnitude == last

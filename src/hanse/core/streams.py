@@ -56,6 +56,11 @@ class Streams:
         out = philox(c0, c1, block, c3, key(self.seed, purpose))
         return torch.stack([word.expand(len(clients), len(block)) for word in out], -1).flatten(1)[:, :n]
 
+    def seeds(self, purpose: str, clients: Tensor, round: Tensor | int = 0) -> Tensor:
+        """A number for each client and round to draw from by oneself, int64 ``[len(clients)]``; no two of a purpose are equal."""
+        low, high = key(self.seed, purpose)
+        return (clients | torch.as_tensor(round) << 32) ^ (low | high << 32) - (1 << 63)
+
     def uniform(self, purpose: str, clients: Tensor, round: Tensor | int = 0, n: int = 1, extra: Tensor | int = 0) -> Tensor:
         """float64 in the open interval (0, 1), ``[len(clients), n]``."""
         return (self.words(purpose, clients, round, n, extra).double() + 0.5) / 2**32

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,10 +153,9 @@ class Executor:
 
     def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""
-        words = self.streams.words(f"codec.{name}", orders.clients, orders.rounds, 2)
         return Sending(
             layout=self.layout if width == self.layout.size else Layout({name: (width,)}),
-            seeds=words[:, 0] | words[:, 1] << 32,
+            seeds=self.streams.seeds(f"codec.{name}", orders.clients, orders.rounds),
             share=orders.share,
             masks=self.method.masks,
             memory={row: state[key] for row in self.codec.keeps if (key := memory_key(name, row)) in state},
@@ -240,6 +238,6 @@ def _sizes(lengths: Tensors, size: Callable[[dict[str, int]], int], clients: int
     """Bytes of every client's message from the lengths of its parts (-1: not sent), computed once a kind of message."""
     if not lengths:
         return torch.full((clients,), size({}))
-    kinds, of = np.unique(torch.stack([*lengths.values()], 1).numpy(), axis=0, return_inverse=True)
-    found = [size({n: int(v) for n, v in zip(lengths, kind, strict=True) if v >= 0}) for kind in kinds]
-    return torch.tensor(found)[torch.from_numpy(of).view(-1)]
+    each = list(zip(*(length.tolist() for length in lengths.values()), strict=True))
+    known = {kind: size({n: v for n, v in zip(lengths, kind, strict=True) if v >= 0}) for kind in dict.fromkeys(each)}
+    return torch.tensor([known[kind] for kind in each])

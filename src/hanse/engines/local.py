@@ -271,9 +271,8 @@ class LocalNetwork:
         return received, size
 
     def _broadcast(self, name: str, vector: Tensor) -> Sending:
-        words = self.streams.words(f"down.{name}", torch.zeros(1, dtype=torch.long), self.round, 2)
         layout = self.executor.layout if len(vector) == self.executor.layout.size else Layout({name: (len(vector),)})
-        return Sending(layout, words[:, 0] | words[:, 1] << 32)
+        return Sending(layout, self.streams.seeds(f"down.{name}", torch.zeros(1, dtype=torch.long), self.round))
 
     def _keys(self, who: np.ndarray) -> np.ndarray:
         """What the chance of the next job of each client is drawn for: the round, or later if it has had this version before."""
