@@ -202,8 +202,9 @@ NF4 = (
 
 
 class sign(Quantise):
-    """One bit: the sign, times the mean magnitude (Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, arXiv 1901.09847,
-    their scaled sign). Zero counts as positive.
+    """One bit: the sign, times the mean magnitude; zero counts as positive.
+
+    Karimireddy, Rebjock, Stich, Jaggi: "Error Feedback Fixes SignSGD", ICML 2019, arXiv 1901.09847, their scaled sign.
     """
 
     @property
