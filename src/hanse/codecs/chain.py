@@ -190,7 +190,8 @@ class chain(Codec):
         kinds = [stage.place for stage in self.stages]
         if kinds != sorted(set(kinds)):
             raise ValueError(
-                "a chain is layers, what selects, what quantises, what writes and what squeezes, in this order and at most one of each"
+                "a chain is layers, what selects, what quantises, what writes and what squeezes, "
+                "in this order and at most one of each"
             )
         return self
 
