@@ -3,6 +3,7 @@
 from hanse.codecs.base import Codec, Sending, Sent, identity
 from hanse.codecs.chain import chain, layers
 from hanse.codecs.coders import bitmap, elias, gaps, golomb, huffman, packed, positions, shortest
+from hanse.codecs.fedzip import fedzip
 from hanse.codecs.feedback import feedback
 from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
 from hanse.codecs.sparse import randomk, threshold, topk
@@ -16,6 +17,7 @@ __all__ = [
     "cast",
     "chain",
     "elias",
+    "fedzip",
     "feedback",
     "gaps",
     "golomb",
