@@ -230,7 +230,7 @@ def squared_error(x: Tensor, k: int) -> float:
     return float((x.double() - codec.decode(codec.encode(x)).double()).square().sum())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(NUMBERS)
 @example(np.array([1, 1, 1000], np.float32))
 def test_three_centres_are_never_worse_than_a_mean_for_each_sign(numbers: np.ndarray) -> None:
@@ -240,7 +240,7 @@ def test_three_centres_are_never_worse_than_a_mean_for_each_sign(numbers: np.nda
     assert squared_error(x, 3) <= means * (1 + 1e-6) + 1e-6 * float(x.double().square().sum())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(NUMBERS)
 def test_the_error_does_not_grow_as_centres_are_doubled(numbers: np.ndarray) -> None:
     """k - 1 = 1, 2, 4, 8, 16: each codebook is the one before with every cluster split."""

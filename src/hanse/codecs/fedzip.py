@@ -19,11 +19,12 @@ It is the chain ``layers | topk(z) | kmeans(k - 1) | shortest``. What the paper 
 A layer with a number that is not finite travels as it is. With m of n entries sent, c_g of them for centre g, it takes
 
     varint(m + 1) + 4 (k - 1) + 1 if auto + the code                        bytes, for float32
-    (a)  k + varint(p) + p,   p = ceil(sum_s c_s len_s / 8)                 over all k symbols; n + m bits for k = 3 if m <= n / 2
+    (a)  k + varint(p) + p,   p = ceil(sum_s c_s len_s / 8)                 over all k symbols, zero too, in codes of len_s bits
     (b)  sum_{g < k - 1} varint(c_g) + ceil(m w / 8)                        w the bits of n - 1
     (c)  sum_{g < k - 1} varint(c_g) + (k - 1) + ceil(sum_g c_g w_g / 8)    w_g the bits of the largest gap, at least 1
 
-and a message 16 more. So (a) alone never makes float32 smaller than a 32nd.
+where varint(.) is the bytes of such a number, and a message 16 more. For k = 3 and m <= n / 2 the codes of (a) take n + m bits if
+both centres occur. An entry takes a bit at least, so (a) alone cannot make float32 more than 32 times smaller.
 """
 
 from __future__ import annotations
