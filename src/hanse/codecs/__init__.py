@@ -3,6 +3,7 @@
 from hanse.codecs.base import Codec, Links, Sending, Sent, identity
 from hanse.codecs.chain import chain, layers
 from hanse.codecs.coders import bitmap, elias, gaps, golomb, huffman, packed, positions, shortest
+from hanse.codecs.fedzip import fedzip
 from hanse.codecs.feedback import feedback
 from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
 from hanse.codecs.sparse import bcrs, randomk, threshold, topk
@@ -18,6 +19,7 @@ __all__ = [
     "cast",
     "chain",
     "elias",
+    "fedzip",
     "feedback",
     "gaps",
     "golomb",

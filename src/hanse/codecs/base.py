@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -101,8 +103,7 @@ class Codec(Part):
         stages = _pipeline(text)
         if len(stages) == 1:
             return super().parse(text)
-        parsed: Self = cls.named("chain")(stages=tuple(stages))
-        return parsed
+        return reduce(or_, map(cls.parse, stages))
 
     def __or__(self, then: Codec) -> Codec:
         return Codec.named("chain")(stages=(*getattr(self, "stages", (self,)), *getattr(then, "stages", (then,))))

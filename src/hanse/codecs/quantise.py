@@ -284,6 +284,8 @@ class kmeans(Quantise):
         return replace(load, values=table.gather(1, symbols.long()), symbols=None, levels=0, table=None)
 
 
+ONE_BY_ONE = 16
+"""Clusters up to which they are split one at a time, the worst first; more are split as many as there are at once, for speed."""
 STEPS = 20
 """Most of Lloyd's steps between two splits."""
 
@@ -306,7 +308,7 @@ def codebook(x: Tensor, counts: Tensor, centres: int) -> tuple[Tensor, Tensor]:
             return means, (means[:, 1:] + means[:, :-1]) / 2
         size = cuts.diff(dim=1)
         error = squares.gather(1, cuts[:, 1:]) - squares.gather(1, cuts[:, :-1]) - means.square() * size
-        new = min(have, centres - have)
+        new = 1 if have < ONE_BY_ONE else min(have, centres - have)
         split = error.argsort(dim=1, descending=True, stable=True)[:, :new]  # the same ones whoever else is there
         middle = torch.searchsorted(x, means.gather(1, split)).clamp(cuts.gather(1, split), cuts.gather(1, split + 1))
         cuts = torch.cat([cuts, middle], 1).sort(1).values

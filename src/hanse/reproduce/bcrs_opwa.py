@@ -88,7 +88,7 @@ def ways(ratio: float) -> dict[str, tuple[type[FedAvg], str]]:
 WHOLE = {
     "FedAvg": (FedAvg, "identity"),
     "8 bits": (FedAvg, "layers | uniform(8)"),
-    "FedZip": (FedAvg, "layers | topk(0.1) | kmeans(2) | shortest"),
+    "FedZip": (FedAvg, "fedzip(0.1)"),
 }
 
 
