@@ -38,18 +38,33 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _difference(key: str, run: Run, rivals: Sequence[Mapping[str, str]]) -> str:
     """A setting in which runs differ; of a part its name, with the fields that tell it apart from its namesakes."""
     own = run.settings.get(key, "-")
-    name = own.partition("(")[0]
-    if not name.isidentifier():
+    name = _name(own)
+    if not name.replace(" + ", "_").isidentifier():
         return f"{key}={own}"
-    namesakes = [_fields(value) for value in {r.get(key, "-") for r in rivals} if value.partition("(")[0] == name]
+    namesakes = [_fields(value) for value in {r.get(key, "-") for r in rivals} if _name(value) == name]
     apart = {k: v for k, v in _fields(own).items() if any(other.get(k) != v for other in namesakes)}
     return f"{name}({', '.join(f'{k}={v}' for k, v in apart.items())})" if apart else name
 
 
+def _name(part: str) -> str:
+    """The name of a part written in full; of several with commas between them, all names."""
+    calls = _calls(part)
+    return " + ".join(ast.unparse(call.func) for call in calls) if len(calls) > 1 else part.partition("(")[0]
+
+
 def _fields(part: str) -> dict[str, str]:
-    """The fields of a part written in full, as text."""
-    call = ast.parse(part, mode="eval").body
-    return {str(k.arg): ast.unparse(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
+    """The fields of a part written in full, as text; of several, under their part's name."""
+    calls = _calls(part)
+    whose = [f"{ast.unparse(call.func)}." if len(calls) > 1 else "" for call in calls]
+    return {f"{name}{k.arg}": ast.unparse(k.value) for name, call in zip(whose, calls, strict=True) for k in call.keywords}
+
+
+def _calls(part: str) -> list[ast.Call]:
+    try:
+        body = ast.parse(part, mode="eval").body
+    except SyntaxError:
+        return []
+    return [call for call in (body.elts if isinstance(body, ast.Tuple) else [body]) if isinstance(call, ast.Call)]
 
 
 def _but_seed(run: Run) -> dict[str, str]:
@@ -57,8 +72,10 @@ def _but_seed(run: Run) -> dict[str, str]:
 
 
 def metrics(runs: Sequence[Run]) -> list[str]:
-    """Every metric that some round of some run has, and ``loss``, the training loss, which all have."""
-    return [*dict.fromkeys(name for run in runs for record in run.history for name in record["metrics"]), "loss"]
+    """Every metric that some round of some run has, ``epsilon`` too, and ``loss``, the training loss, which all have."""
+    records = [record for run in runs for record in run.history]
+    spent = ["epsilon"] if any("epsilon" in record for record in records) else []
+    return [*dict.fromkeys(name for record in records for name in record["metrics"]), *spent, "loss"]
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -91,6 +108,8 @@ def cost(record: Record, against: Against) -> float:
 
 def value(record: Record, metric: str) -> float:
     """``metric`` in one round, NaN where it was not evaluated."""
+    if metric == "epsilon":
+        return record.get("epsilon", math.nan)
     return record["loss"] if metric == "loss" else record["metrics"].get(metric, math.nan)
 
 
@@ -180,7 +199,8 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     ``metric`` names the headline; ``final``, ``std`` (n - 1) and ``best`` are values of it, over the ``scored`` seeds that ended
     with a finite one. ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target`` are means if all seeds got there, and
-    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run.
+    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run; so is ``epsilon``,
+    None where there is no finite one.
     """
     metric = headline(runs)
     lower, goal = lower_is_better(metric), target(runs, metric)
@@ -213,6 +233,7 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "bytes_down": _mean_or_none([r["bytes_down"] for r in ended]),
                 "seconds": _mean_or_none([r["seconds"] for r in ended]),
                 "worst10": _mean_or_none(worst),
+                "epsilon": _mean_or_none([e for r in ended if math.isfinite(e := value(r, "epsilon"))]),
             }
         )
     return rows
@@ -337,7 +358,9 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     if "seconds" in axes:
         totals["virtual time"] = ("seconds", "seconds")
     headers = ["method", "seeds", f"final {metric_text(metric)}", "best"]
+    private = "epsilon" in metrics(runs)
     headers += [f"{'time' if a == 'seconds' else a} to {goal}" for a in axes] + [*totals, "worst 10 % of clients"]
+    headers += ["epsilon"] * private
     cells = []
     for row in rows:
         partly = f" ({row['scored']} of {row['seeds']} seeds)" if 0 < row["scored"] < row["seeds"] else ""
@@ -349,7 +372,8 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         ]
         spent = [_cell(rows, key, against, row) for key, against in totals.values()]
         worst = value_text("accuracy" if metric == "loss" else metric, row["worst10"])
-        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst])
+        worst_and_spent = [worst, value_text("epsilon", row["epsilon"])][: 1 + private]
+        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, *worst_and_spent])
     return headers, cells
 
 
