@@ -131,7 +131,8 @@ def test_parts_are_built_on_demand() -> None:
 def test_one_text_may_hold_both_kinds_of_privacy() -> None:
     both = Settings.read(None, {"privacy": "differential(clip=0.5, noise=2.0), secure"})
     assert both == Settings(privacy=("differential(clip=0.5, noise=2.0)", "secure"))
-    assert Settings.read(None, {"privacy": ""}) == Settings()
+    assert Settings.read(None, {"privacy": ["differential(clip=0.5, noise=2.0), secure"]}) == both
+    assert Settings.read(None, {"privacy": ""}) == Settings.read(None, {"privacy": [""]}) == Settings()
     for text, message in (("secure(", "cannot read"), ("sicher", "unknown name 'sicher'"), ("secure(bits=16)", "32 or 64")):
         with pytest.raises(ConfigError, match=f"privacy.*{message}|{message}"):
             Settings.read(None, {"privacy": text}).parts()

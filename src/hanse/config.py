@@ -44,12 +44,14 @@ def _names(value: Any) -> Any:
 
 
 def _calls(value: Any) -> Any:
-    """Text may hold several parts with commas between them."""
+    """Text may hold several parts with commas between them, or none."""
+    if not isinstance(value, str):
+        return [part for some in _several(value) for part in (_calls(some) if isinstance(some, str) else [some])]
     try:
-        parts = ast.parse(f"[{value}]", mode="eval").body if isinstance(value, str) else None
+        parts = ast.parse(f"[{value}]", mode="eval").body
     except SyntaxError:
         return [value]  # which the part itself explains
-    return [ast.unparse(part) for part in parts.elts] if isinstance(parts, ast.List) else _several(value)
+    return [ast.unparse(part) for part in parts.elts] if isinstance(parts, ast.List) else [value]
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]

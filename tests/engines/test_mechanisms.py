@@ -199,7 +199,7 @@ def test_too_few_are_an_error_and_the_last_good_round_is_saved(tmp_path: Path) -
     federation, rule, part = lossy(), hs.methods.Scaffold(), secure(threshold=0.6)
     options: dict[str, Any] = {"rule": rule, "schedule": hs.schedules.synchronous(8)}
     with pytest.raises(
-        PrivacyError, match=r"only \d of 8 clients sent masked values, needed are 7; nothing was revealed"
+        PrivacyError, match=r"only \d of 8 clients sent masked values, needed are 5; nothing was revealed"
     ) as caught:
         go(federation, part, rounds=20, out=tmp_path, **options)
     run, saved = Folder(tmp_path).read(), Folder(tmp_path).load()
@@ -236,19 +236,6 @@ def test_a_round_that_is_thrown_away_is_not_unmasked(ragged: hs.Federation) -> N
     schedule = hs.schedules.synchronous(8, least=7)
     run = go(federation, secure(threshold=0.8), schedule=schedule, rounds=6)
     assert 0 < sum(bool(r["cohort"]) for r in run.history) < 6
-
-
-def test_a_thin_neighbourhood_is_an_error_as_in_the_protocol() -> None:
-    part = secure(threshold=0.6, neighbours=4)
-    stayed = np.ones(12, dtype=bool)
-    part.enough(stayed)
-    stayed[[0, 1, 3]] = False  # of places 0 to 4 around 2, two are left
-    with pytest.raises(PrivacyError, match=r"only 2 of 5 neighbours .* around a client, needed are 3"):
-        part.enough(stayed)
-    secure(threshold=0.6).enough(stayed)
-    stayed[5:8] = False
-    with pytest.raises(PrivacyError, match=r"only 6 of 12 clients .*, needed are 8"):
-        secure(threshold=0.6).enough(stayed)
 
 
 def test_averaged_statistics_are_sums_as_well() -> None:
@@ -405,10 +392,10 @@ def test_a_checkpoint_of_another_privacy_is_refused(even: hs.Federation) -> None
             net.restore(saved)
 
 
-def test_a_model_that_diverges_is_told_by_its_loss(even: hs.Federation) -> None:
-    rule = hs.methods.FedAvg(weights="uniform", lr=1e100, epochs=3)
+def test_a_model_that_diverges_is_told_by_its_loss() -> None:
+    federation = hs.Federation(hs.tasks.digits(hidden=8), clients=12)
     with pytest.raises(hs.DivergedError, match="training loss of client"):
-        go(even, differential(), rule=rule)
+        go(federation, differential(), rule=hs.methods.FedAvg(weights="uniform", lr=1e30, epochs=3))
 
 
 # ---- what is refused, before any work

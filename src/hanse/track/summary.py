@@ -38,6 +38,8 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _difference(key: str, run: Run, rivals: Sequence[Mapping[str, str]]) -> str:
     """A setting in which runs differ; of a part its name, with the fields that tell it apart from its namesakes."""
     own = run.settings.get(key, "-")
+    if own == "-":
+        return f"no {key}"
     name = _name(own)
     if not name.replace(" + ", "_").isidentifier():
         return f"{key}={own}"
@@ -199,8 +201,8 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     ``metric`` names the headline; ``final``, ``std`` (n - 1) and ``best`` are values of it, over the ``scored`` seeds that ended
     with a finite one. ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target`` are means if all seeds got there, and
-    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run; so is ``epsilon``,
-    None where there is no finite one.
+    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run; so is
+    ``epsilon``, which is there if any run is differentially private.
     """
     metric = headline(runs)
     lower, goal = lower_is_better(metric), target(runs, metric)
@@ -214,6 +216,7 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
         there = [r for r in hits if r is not None]
         everywhere = there if len(there) == len(members) else []
         worst = [v for run in members if not math.isnan(v := worst_clients(run, lower))]
+        spent = [v for r in ended if math.isfinite(v := value(r, "epsilon"))]
         rows.append(
             {
                 "method": label,
@@ -233,7 +236,7 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "bytes_down": _mean_or_none([r["bytes_down"] for r in ended]),
                 "seconds": _mean_or_none([r["seconds"] for r in ended]),
                 "worst10": _mean_or_none(worst),
-                "epsilon": _mean_or_none([e for r in ended if math.isfinite(e := value(r, "epsilon"))]),
+                **({"epsilon": _mean_or_none(spent)} if "epsilon" in metrics(runs) else {}),
             }
         )
     return rows
@@ -372,8 +375,8 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         ]
         spent = [_cell(rows, key, against, row) for key, against in totals.values()]
         worst = value_text("accuracy" if metric == "loss" else metric, row["worst10"])
-        worst_and_spent = [worst, value_text("epsilon", row["epsilon"])][: 1 + private]
-        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, *worst_and_spent])
+        privately = [value_text("epsilon", row["epsilon"])] if private else []
+        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst, *privately])
     return headers, cells
 
 
