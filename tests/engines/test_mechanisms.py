@@ -259,13 +259,11 @@ def last_step(federation: hs.Federation, *parts: Any, **options: Any) -> Tensor:
 def test_the_model_gets_the_noise_that_was_asked_for(even: hs.Federation, hidden: tuple[Any, ...]) -> None:
     """On the mean its deviation is z S / m; clipping to 0.3 is what the noise hides."""
     quiet = last_step(even, differential(clip=0.3, noise=0), *hidden)
-    noise = (last_step(even, differential(clip=0.3, noise=2.0), *hidden) - quiet) / (2.0 * 0.3 / 5)
+    loud = last_step(even, differential(clip=0.3, noise=2.0), *hidden)
+    noise = (loud - quiet) / (2.0 * 0.3 / 5)
     n = len(noise)
     assert abs(float(noise.mean())) < 4 / math.sqrt(n) and abs(float(noise.std()) - 1) < 4 / math.sqrt(2 * n)
-    again = last_step(even, differential(clip=0.3, noise=2.0), *hidden)
-    other = last_step(even, differential(clip=0.3, noise=2.0), *hidden, seed=1)
-    assert torch.equal(again - quiet, noise * 0.12) or torch.allclose(again - quiet, noise * 0.12, rtol=0, atol=1e-15)
-    assert not torch.allclose(other, again)
+    assert torch.equal(last_step(even, differential(clip=0.3, noise=2.0), *hidden), loud)
 
 
 def test_nobody_moves_the_model_further_than_the_bound(even: hs.Federation) -> None:
@@ -292,7 +290,7 @@ def test_every_round_says_what_all_have_cost(even: hs.Federation, draw: Any) -> 
 
 @pytest.mark.parametrize("rule", [UNIFORM, hs.methods.FedSpeed(), hs.methods.FedAU(), hs.methods.MIFA()], ids=str)
 def test_a_round_of_nobody_is_released_as_well(even: hs.Federation, rule: hs.methods.Method) -> None:
-    """The noise alone moves the model, by as much as ever; the loss stays that of the last round with anyone."""
+    """The noise alone moves the model, and who is drawn is as it would be without."""
     models: list[Tensor] = []
 
     class Watch:
@@ -312,10 +310,10 @@ def test_a_round_of_nobody_is_released_as_well(even: hs.Federation, rule: hs.met
     schedule = hs.schedules.synchronous(1, draw="bernoulli")
     run = go(even, differential(clip=0.5), schedule=schedule, rule=rule, rounds=8, writers=[watch], on_start=watch.start)
     empty = [t for t, record in enumerate(run.history) if not record["cohort"]]
-    assert 0 < len(empty) < 8
-    for t in empty:
-        step = models[t + 1] - models[t]
-        assert bool(step.isfinite().all()) and float(step.std()) > 0.01
+    assert 1 < len(empty) < 8
+    steps = torch.stack([models[t + 1] - models[t] for t in empty])
+    assert bool(steps.isfinite().all()) and float(steps.std(1).min()) > 0.01
+    assert not torch.allclose(steps[0], steps[1], atol=0.01)  # each round has noise of its own
     plain = go(even, schedule=schedule, rule=rule, rounds=8)
     assert [r["cohort"] for r in plain.history] == [r["cohort"] for r in run.history]
 
