@@ -124,6 +124,22 @@ def test_resume_a_finished_study_and_a_single_run(cli: Hanse, tmp_path: Path) ->
     assert Folder(tmp_path / "one/fedavg-seed0").read().history == before.history
 
 
+def test_privacy_by_flags_and_by_file(cli: Hanse, tmp_path: Path) -> None:
+    """A flag for each kind; the progress line and the table say what it cost; an empty flag overrides the file."""
+    file = tmp_path / "a.toml"
+    file.write_text('privacy = ["differential(noise=2.0)", "secure"]\n')
+    flags = [*SMALL, "--method", "FedAvg(weights='uniform')"]
+    one = cli("run", *flags, "--privacy", "differential(noise=2.0)", "--privacy", "secure", "--out", "one")
+    two = cli("run", file, *flags, "--out", "two", "--json")
+    cli("run", file, *flags, "--privacy", "", "--out", "open")
+    histories = [Folder(tmp_path / name / "fedavg-seed0").read().history for name in ("one", "two", "open")]
+    assert histories[0] == histories[1] and "epsilon" not in histories[2][-1]
+    (row,) = pure(two.out)  # type: ignore[misc]
+    assert row["epsilon"] == histories[0][-1]["epsilon"] > 0
+    assert "epsilon" in one.out and "epsilon" in one.err
+    assert (tmp_path / "one/figures/epsilon-rounds.png").is_file()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_list_every_kind(cli: Hanse, kind: str) -> None:
     rows = pure(cli("list", kind, "--json").out)

@@ -19,6 +19,7 @@ CHANGED = {
     "cohort": 5,
     "codec": ["topk(0.2)", "feedback(topk(0.1) | sign)"],
     "down": "cast",
+    "privacy": ["differential(clip=0.5, noise=2.0)", "secure"],
     "engine": 'local(path="loop")',
     "rounds": 9,
     "seconds": 12.5,
@@ -56,7 +57,7 @@ def test_any_text_survives_toml(tmp_path_factory: pytest.TempPathFactory, text: 
 
 def test_text_from_flags_means_the_same_as_toml() -> None:
     flags = {
-        n: v if n in ("method", "schedule", "codec") else " ".join(map(str, v)) if isinstance(v, list) else str(v)
+        n: v if n in ("method", "schedule", "codec", "privacy") else " ".join(map(str, v)) if isinstance(v, list) else str(v)
         for n, v in CHANGED.items()
     }
     assert Settings.read(None, flags) == Settings.read(None, CHANGED)
@@ -113,7 +114,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_parts_are_built_on_demand() -> None:
-    rules, schedules, codecs, down, engine = Settings.read(None, CHANGED).parts()
+    rules, schedules, codecs, down, engine, privacy = Settings.read(None, CHANGED).parts()
     assert [str(p) for p in (*rules, *schedules, *codecs, down)] == [
         "FedAvg(lr=0.2)",
         "Scaffold",
@@ -124,6 +125,17 @@ def test_parts_are_built_on_demand() -> None:
         "cast",
     ]
     assert engine.path == "loop"
+    assert [str(p) for p in privacy] == ["differential(clip=0.5, noise=2.0)", "secure"]
+
+
+def test_one_text_may_hold_both_kinds_of_privacy() -> None:
+    both = Settings.read(None, {"privacy": "differential(clip=0.5, noise=2.0), secure"})
+    assert both == Settings(privacy=("differential(clip=0.5, noise=2.0)", "secure"))
+    assert Settings.read(None, {"privacy": ["differential(clip=0.5, noise=2.0), secure"]}) == both
+    assert Settings.read(None, {"privacy": ""}) == Settings.read(None, {"privacy": [""]}) == Settings()
+    for text, message in (("secure(", "cannot read"), ("sicher", "unknown name 'sicher'"), ("secure(bits=16)", "32 or 64")):
+        with pytest.raises(ConfigError, match=f"privacy.*{message}|{message}"):
+            Settings.read(None, {"privacy": text}).parts()
 
 
 def test_the_split_has_a_seed_of_its_own() -> None:

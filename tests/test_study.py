@@ -53,6 +53,33 @@ def test_the_same_as_in_python(tmp_path: Path) -> None:
     assert all(bool((by_hand.weights[n] == w).all()) for n, w in run.weights.items())
 
 
+def test_privacy_is_the_same_as_in_python_and_in_a_resumed_study(tmp_path: Path) -> None:
+    """The estimate comes before, and leaves the bound alone."""
+    parts = ["differential(noise=0.5, adaptive=True, bit_noise=1.0)", "secure(threshold=0.6)"]
+    (run,) = study(tmp_path, method="FedAvg(weights='uniform')", privacy=parts).run()
+    by_hand = hs.run(
+        hs.Federation(hs.tasks.digits(4), 6), hs.methods.FedAvg(weights="uniform"), hs.schedules.synchronous(3), rounds=3,
+        engine=hs.engines.local("stacked", 3, 1, 1), privacy=[hs.privacy.Privacy.parse(p) for p in parts],
+    )  # fmt: skip
+    assert by_hand.history == run.history and by_hand.settings == run.settings
+    assert all(bool((by_hand.weights[n] == w).all()) for n, w in run.weights.items())
+    assert run.notes["estimated bytes up"].endswith(", 1.00 of it") and run.notes["estimated bytes down"].endswith(", 1.00 of it")
+    (again,) = Study.open(tmp_path).run(resume=True)
+    assert again.history == run.history
+    assert Study.open(tmp_path).privacy == [hs.privacy.Privacy.parse(p) for p in parts]
+
+
+def test_what_cannot_be_private_is_refused_before_any_run(tmp_path: Path) -> None:
+    for values, message in (
+        ({"privacy": "differential"}, "weights='uniform'"),
+        ({"privacy": "secure", "schedule": "fedbuff", "cohort": None}, "schedule: fedbuff"),
+        ({"privacy": ["secure", "secure(bits=64)"]}, "at most one of a kind"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            study(tmp_path, **values).run()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_split_seed_keeps_split_weights_and_fleet(tmp_path: Path) -> None:
     made = study(tmp_path, seed=[1, 2], split_seed=9, fleet="phones", cohort=6, rounds=1)
     first, second = made.run()

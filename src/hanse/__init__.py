@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hanse import engines as engines
     from hanse import fleet as fleet
     from hanse import methods as methods
+    from hanse import privacy as privacy
     from hanse import schedules as schedules
     from hanse.core.errors import CheckpointError as CheckpointError
     from hanse.core.errors import CodecError as CodecError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from hanse.core.errors import DataError as DataError
     from hanse.core.errors import DivergedError as DivergedError
     from hanse.core.errors import HanseError as HanseError
+    from hanse.core.errors import PrivacyError as PrivacyError
     from hanse.data import tasks as tasks
     from hanse.data.partition import dirichlet as dirichlet
     from hanse.data.partition import feature_shift as feature_shift
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("aggregators", "codecs", "data", "engines", "fleet", "methods", "schedules"), ""),
-    **dict.fromkeys(("CheckpointError", "CodecError", "ConfigError", "DataError", "DivergedError", "HanseError"), "core.errors"),
+    **dict.fromkeys(("aggregators", "codecs", "data", "engines", "fleet", "methods", "privacy", "schedules"), ""),
+    **dict.fromkeys(
+        ("CheckpointError", "CodecError", "ConfigError", "DataError", "DivergedError", "HanseError", "PrivacyError"), "core.errors"
+    ),
     "tasks": "data",
     "figures": "track",
     **dict.fromkeys(("dirichlet", "feature_shift", "iid", "natural", "quantity", "shards"), "data.partition"),

@@ -5,6 +5,7 @@ Parts are held as text (``"dirichlet(0.3)"``) and built on demand, so that readi
 
 from __future__ import annotations
 
+import ast
 import json
 import tomllib
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hanse.engines.local import local
     from hanse.federation import Federation
     from hanse.methods import Method
+    from hanse.privacy import Privacy
     from hanse.schedules import Schedule
 
 
@@ -39,6 +41,17 @@ def _several(value: Any) -> Any:
 
 def _names(value: Any) -> Any:
     return [name for name in value.replace(",", " ").split() if name] if isinstance(value, str) else _several(value)
+
+
+def _calls(value: Any) -> Any:
+    """Text may hold several parts with commas between them, or none."""
+    if not isinstance(value, str):
+        return [part for some in _several(value) for part in (_calls(some) if isinstance(some, str) else [some])]
+    try:
+        parts = ast.parse(f"[{value}]", mode="eval").body
+    except SyntaxError:
+        return [value]  # which the part itself explains
+    return [ast.unparse(part) for part in parts.elts] if isinstance(parts, ast.List) else [value]
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
@@ -67,6 +80,8 @@ class Settings(BaseModel):
     """How much travels from the clients, e.g. 'topk(0.1) | uniform(8)'; with several, each is compared."""
     down: str = "identity"
     """How much travels to the clients, e.g. cast."""
+    privacy: Annotated[tuple[str, ...], BeforeValidator(_calls)] = ()
+    """What keeps clients private, e.g. 'differential(clip=0.5, noise=1.0)', 'secure(threshold=0.7)', or both."""
     engine: str = "local"
     """Where it runs, e.g. local(path="loop", workers=2)."""
     rounds: PositiveInt = 100
@@ -152,6 +167,7 @@ class Settings(BaseModel):
         from hanse.codecs import Codec
         from hanse.engines import local
         from hanse.methods import Method
+        from hanse.privacy import Privacy
         from hanse.schedules import Schedule
 
         schedules = [Schedule.parse(s) for s in self.schedule]
@@ -166,14 +182,16 @@ class Settings(BaseModel):
             codecs=[Codec.parse(c) for c in self.codec],
             down=Codec.parse(self.down),
             engine=local.parse(self.engine),
+            privacy=[Privacy.parse(p) for p in self.privacy],
         )
 
 
 class Parts(NamedTuple):
-    """The rules, schedules and codecs to be compared, the codec to the clients, and the engine."""
+    """The rules, schedules and codecs to be compared, the codec to the clients, the engine, and what keeps clients private."""
 
     methods: list[Method]
     schedules: list[Schedule]
     codecs: list[Codec]
     down: Codec
     engine: local
+    privacy: list[Privacy]

@@ -12,13 +12,14 @@ import torch
 
 from hanse.codecs.base import Codec, identity
 from hanse.config import Settings
-from hanse.core.errors import DivergedError
+from hanse.core.errors import DivergedError, PrivacyError
 from hanse.core.messages import Tensors
 from hanse.engines.estimate import drive
 from hanse.engines.local import LocalNetwork, local
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Jobs
 from hanse.methods.base import Method
+from hanse.privacy import Privacy
 from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
 from hanse.track.folder import CLIENTS, Folder, worst_share
@@ -89,6 +90,8 @@ class Recorder:
             updates=net.updates,
             jobs=self._jobs(net),
         )
+        if (epsilon := net.epsilon) is not None:
+            record["epsilon"] = epsilon
         self.result.history.append(record)
         if net.arrangement is not None and "arrangement" not in self.result.notes:
             self.result.notes["arrangement"] = net.engine.full()
@@ -181,6 +184,7 @@ def run(
     seconds: float | None = None,
     codec: Codec | None = None,
     down: Codec | None = None,
+    privacy: Sequence[Privacy] = (),
     engine: local | None = None,
     seed: int | None = None,
     evaluate: int = 1,
@@ -193,10 +197,11 @@ def run(
     """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
 
     ``evaluate``: every how many rounds (0: only after the last), or ``evaluate_seconds``: after how many virtual seconds. ``seed``
-    (default the federation's) draws cohorts and batches. ``out``: a run folder to write; with ``resume`` the run goes on from the
-    checkpoint in it. ``on_start`` gets the network before the first round; setting its ``stopping`` ends the run after a round, in
-    a state from which it can be resumed. Raises
-    ``DivergedError`` when the training loss is not finite, after saving the last good round.
+    (default the federation's) draws cohorts and batches. ``privacy``: what keeps clients private, at most one of a kind. ``out``: a
+    run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``on_start`` gets the network before the first
+    round; setting its ``stopping`` ends the run after a round, in a state from which it can be resumed. Raises
+    ``DivergedError`` when the training loss is not finite and ``PrivacyError`` when too few clients are left to hide each other,
+    after saving the last good round.
     """
     schedule, codec, down, engine = schedule or synchronous(), codec or identity(), down or identity(), engine or local()
     seed = federation.seed if seed is None else seed
@@ -205,6 +210,8 @@ def run(
     numbers = {"rounds": rounds, "seconds": seconds, "seed": seed, "evaluate": evaluate, "evaluate_seconds": evaluate_seconds}
     settings = federation.settings() | {name: part.full() for name, part in parts.items()}
     settings |= {name: str(value) for name, value in numbers.items() if value is not None}
+    if privacy:
+        settings["privacy"] = ", ".join(part.full() for part in privacy)
     if seed != federation.seed:
         settings["split_seed"] = str(federation.seed)
     Settings.read(None, settings)  # the same checks as for a file or the command line
@@ -215,7 +222,19 @@ def run(
         if "arrangement" in result.notes:
             engine = local.parse(result.notes["arrangement"])
     end = math.inf if seconds is None else seconds
-    net = LocalNetwork(federation, method, engine, codec, down, seed=seed, rounds=rounds, seconds=end, on_commit=recorder)
+    net = LocalNetwork(
+        federation,
+        method,
+        engine,
+        codec,
+        down,
+        seed=seed,
+        rounds=rounds,
+        seconds=end,
+        privacy=privacy,
+        schedule=schedule,
+        on_commit=recorder,
+    )
     recorder.start(net, resume)
     on_start(net)
     _play(net, schedule, method, recorder)
@@ -233,7 +252,7 @@ def _play(net: LocalNetwork, schedule: Schedule, method: Method, recorder: Recor
         drive(schedule.run(net, method))
         if recorder.folder is not None and net.round > recorder.saved_round:  # stopped after the round's own chance to save
             recorder.save(net)
-    except DivergedError:
+    except (DivergedError, PrivacyError):
         recorded = 0 < net.round == len(recorder.result.history)  # else the model of this round is what went wrong
         if recorder.folder is not None and recorded and net.take_back() and bool(torch.isfinite(net.state["x"]).all()):
             recorder.save(net)
@@ -268,7 +287,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
     """
     path = Path(folder)
     settings = Settings.read(None, Folder(path).read().settings)
-    (method,), (schedule,), (codec,), down, engine = settings.parts()
+    (method,), (schedule,), (codec,), down, engine, privacy = settings.parts()
     return run(
         federation or settings.federation(settings.seed[0]),
         method,
@@ -277,6 +296,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
         seconds=settings.seconds,
         codec=codec,
         down=down,
+        privacy=privacy,
         engine=engine,
         seed=settings.seed[0],
         evaluate=settings.evaluate,

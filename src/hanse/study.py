@@ -64,7 +64,7 @@ class Study:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.methods, self.schedules, self.codecs, self.down, self.engine = settings.parts()
+        self.methods, self.schedules, self.codecs, self.down, self.engine, self.privacy = settings.parts()
         self.console = Console(stderr=True)
         self.stopped, self.single, self.net = False, False, None
         self.federations: dict[int, Federation] = {}
@@ -134,7 +134,18 @@ class Study:
 
         seed, rounds = self.settings.seed[0], self.settings.rounds
         end = self.settings.seconds or math.inf
-        net = LocalNetwork(self.federation(seed), method, self.engine, codec, self.down, seed=seed, rounds=rounds, seconds=end)
+        net = LocalNetwork(
+            self.federation(seed),
+            method,
+            self.engine,
+            codec,
+            self.down,
+            seed=seed,
+            rounds=rounds,
+            seconds=end,
+            privacy=self.privacy,
+            schedule=schedule,
+        )
         found = estimate(net, schedule)
         net.begin(method.init(net.problem))
         evaluate(net)
@@ -195,6 +206,7 @@ class Study:
             seconds=self.settings.seconds,
             codec=cell.codec,
             down=self.down,
+            privacy=self.privacy,
             engine=self.engine,
             seed=cell.seed,
             evaluate=self.settings.evaluate,

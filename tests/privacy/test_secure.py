@@ -106,6 +106,41 @@ def test_a_neighbourhood_too_thin_is_an_error() -> None:
         again.request(silent=set(near))
 
 
+@settings(max_examples=200)
+@given(
+    stayed=st.lists(st.booleans(), min_size=2, max_size=14),
+    threshold=st.sampled_from([0.51, 0.6, 0.8, 1.0]),
+    neighbours=st.sampled_from([None, 2, 4, 6]),
+)
+def test_who_is_enough_is_known_without_the_protocol(stayed: list[bool], threshold: float, neighbours: int | None) -> None:
+    """The same error or none as the server's, whose ring is in the clients' order if its chance only counts up."""
+    part, count = secure(threshold=threshold, neighbours=neighbours), iter(range(10**6))
+    server = part.server(len(stayed), 1, lambda size: next(count).to_bytes(size))
+    server.pair(dict.fromkeys(range(len(stayed)), bytes(64)))
+    server._sharing = set(range(len(stayed)))
+    server.included = {u: b"" for u, there in enumerate(stayed) if there}
+    try:
+        server.request()
+    except PrivacyError as error:
+        with pytest.raises(PrivacyError) as found:
+            part.enough(np.array(stayed))
+        assert ("around a client" in str(found.value)) == ("around client" in str(error))
+    else:
+        part.enough(np.array(stayed))
+
+
+def test_a_neighbourhood_too_thin_is_named() -> None:
+    part, stayed = secure(threshold=0.6, neighbours=4), np.ones(12, dtype=bool)
+    part.enough(stayed)
+    stayed[[0, 1, 3]] = False  # of places 0 to 4 around 2, two are left
+    with pytest.raises(PrivacyError, match=r"only 2 of 5 neighbours .* around a client, needed are 3"):
+        part.enough(stayed)
+    secure(threshold=0.6).enough(stayed)
+    stayed[5:7] = False
+    with pytest.raises(PrivacyError, match=r"only 7 of 12 clients .*, needed are 8"):
+        secure(threshold=0.6).enough(stayed)
+
+
 def test_masked_vectors_do_not_show_what_they_hide() -> None:
     """Bytes of masked zeros and of masked large constants are uniform and alike; unmasked, the same test tells them at once.
 

@@ -28,6 +28,16 @@ def test_a_fixed_cohort_every_round(federation: hs.Federation) -> None:
     assert [r["round"] for r in run.history] == list(range(1, 31))
 
 
+def test_what_an_accountant_is_told() -> None:
+    """Where replies are dropped, or a round thrown away, it is not chance alone that decides who counts."""
+    assert hs.schedules.synchronous(3).sampling() == (3, "fixed")
+    assert hs.schedules.synchronous(3, draw="bernoulli").sampling() == (3, "bernoulli")
+    for text in ("synchronous(over=0.1)", "synchronous(deadline=9)", "synchronous(least=1)", "cyclic", "fedbuff"):
+        assert hs.schedules.Schedule.parse(text).sampling() is None
+    barriers = {name for name, schedule in hs.schedules.Schedule.registry().items() if schedule.barrier}
+    assert barriers >= {"synchronous", "cyclic"} and not barriers & {"fedasync", "fedbuff", "fedfix", "fedcompass", "anarchic"}
+
+
 def test_everyone_every_round(federation: hs.Federation) -> None:
     assert all(r["cohort"] == list(range(8)) for r in go(federation, hs.schedules.synchronous(8), 2).history)
 

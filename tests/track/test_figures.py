@@ -76,6 +76,15 @@ def test_training_loss_is_there_without_any_evaluation():
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[1, 1], [2, 0.5]])
 
 
+def test_privacy_spent_is_drawn_against_rounds():
+    private = run("FedAvg")
+    assert "epsilon-rounds" not in draw_all([private])
+    for t, r in enumerate(private.history, 1):
+        r["epsilon"] = t / 2
+    (ax,) = draw_all([private])["epsilon-rounds"].axes
+    assert ax.get_ylabel() == "epsilon" and list(ax.lines[0].get_ydata()) == [0.5, 1.0, 1.5]
+
+
 def test_a_loss_over_several_magnitudes_has_a_logarithmic_axis_with_plain_numbers():
     axis = curves([run(accuracies=[None] * 50)], "loss", "rounds").axes[0]
     assert axis.get_yscale() == "log"

@@ -51,6 +51,13 @@ def test_a_run_reads_back(folder: Folder) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+def test_what_privacy_has_cost_is_read_back_where_it_was_written(folder: Folder) -> None:
+    run = whole()
+    run.history = [{**run.history[0], "epsilon": math.inf}, {**run.history[1], "epsilon": 0.5}, run.history[2]]
+    folder.write(run)
+    assert folder.read().history == run.history
+
+
 def test_writing_again_leaves_nothing_of_the_run_before(folder: Folder) -> None:
     folder.write(made_runs.run("FedProx", accuracies=()))
     back = folder.read()

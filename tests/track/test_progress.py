@@ -62,3 +62,8 @@ def test_a_run_that_ends_by_time_counts_in_its_share_of_it() -> None:
 
 def test_status_without_evaluation_and_virtual_time() -> None:
     assert status(made_runs.record(1, loss=0.25, down=10, up=20)) == "loss 0.250  down 10 B  up 20 B"
+
+
+def test_status_says_what_privacy_has_cost() -> None:
+    record = {**made_runs.record(1, loss=0.25, down=10, up=20, seconds=90.0), "epsilon": 1.23456}
+    assert status(record) == "loss 0.250  down 10 B  up 20 B  epsilon 1.23  virtual 1.5 min"  # type: ignore[arg-type]

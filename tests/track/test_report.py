@@ -155,6 +155,31 @@ def test_chains_of_codecs_are_told_apart_by_their_stages_and_these_by_their_fiel
     ]
 
 
+def test_what_privacy_has_cost_has_a_column_of_its_own():
+    private, other, plain = run("FedAvg"), run("Scaffold"), run("FedProx")
+    for t, r in enumerate(private.history, 1):
+        r["epsilon"] = 0.5 * t
+    for r in other.history:
+        r["epsilon"] = float("inf")
+    assert [row["epsilon"] for row in summary_table([private, other, plain])] == [1.5, None, None]
+    headers, rows = table_text([private, other, plain])
+    assert headers[-1] == "epsilon" and [row[-1] for row in rows] == ["1.5", "-", "-"]
+    assert "epsilon" not in table_text([plain])[0] and "epsilon" not in summary_table([plain])[0]
+    assert headline([private]) == "accuracy"
+    json.dumps(summary_table([private, other]), allow_nan=False)
+
+
+def test_one_rule_with_and_without_privacy_is_told_apart():
+    noises = [run("FedAvg", privacy=f"differential(clip=0.5, noise={z}), secure(threshold=0.67, clip=8.0)") for z in (0.5, 1.0)]
+    alone, none = run("FedAvg", privacy="secure(threshold=0.67, clip=8.0)"), run("FedAvg")
+    assert list(groups([*noises, alone, none])) == [
+        "FedAvg differential(noise=0.5) + secure",
+        "FedAvg differential(noise=1.0) + secure",
+        "FedAvg secure",
+        "FedAvg no privacy",
+    ]
+
+
 def test_a_run_that_ended_by_its_time_did_not_stop_early():
     ended, stopped = run(seconds=9.0), run(seed=1, seconds=9.0)
     ended.settings |= {"rounds": "1000", "seconds": str(ended.history[-1]["seconds"])}

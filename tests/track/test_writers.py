@@ -23,6 +23,7 @@ def test_a_round_as_flat_numbers() -> None:
         "client_updates": 6,
         "staleness": 0.25,
     }
+    assert scalars({**record, "epsilon": 0.7})["epsilon"] == 0.7
 
 
 def test_tensorboard_files_hold_every_round(tmp_path: Path) -> None:

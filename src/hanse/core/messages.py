@@ -72,6 +72,7 @@ class Reply:
     ``[C, ...]`` are seen one by one. ``versions`` int64 ``[C]`` is the round of the model each started from, and
     ``starts[version]`` what was sent then. ``loss`` ``[C]`` is each client's mean training loss, ``population`` the number N of
     registered clients and ``everyone`` the sum of their weights. ``problem`` is for servers that compute gradients themselves.
+    ``noised``: the sums have been made differentially private; ``total`` is the expected number of clients.
     """
 
     clients: Tensor
@@ -88,9 +89,15 @@ class Reply:
     total: float | None = None
     everyone: float = math.nan
     problem: Problem | None = None
+    noised: bool = False
 
     def __len__(self) -> int:
         return len(self.clients)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the model moves by it: somebody came, or noise is to hide that nobody did."""
+        return self.noised or len(self) > 0
 
     @property
     def shares(self) -> Tensor:

@@ -49,7 +49,7 @@ def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
     fitting = min(size, max(1, BATCH_BYTES // (net.problem.layout.size * net.problem.start.element_size())))
     single = int(net.plan.lengths(net.samples.counts(cohort)).max()) == 1
     shared = "private" not in net.kept.widths and net.method.clip is None and net.method.local.plain
-    rowless = single and shared and net.method.plain and net.codec.plain and engine.shortcuts
+    rowless = single and shared and net.method.plain and net.codec.plain and net.executor.shortcuts
     found = []
     for path, gradient in net.paths.items():
         if path != "stacked" and "stacked" in net.paths and engine.path is None:
@@ -115,7 +115,7 @@ class _Memory:
             str(net.engine),
             ",".join(net.paths),
             f"{net.problem.shared} of {net.problem.layout.size}",
-            str(net.codec),
+            str(net.codec) if net.privacy is None else f"{net.codec}, {net.privacy}",
             str(net.problem.model),
             str(net.problem.dtype),
             str(tuple(net.samples.x.shape[1:])),

@@ -20,6 +20,7 @@ from hanse.core.samples import Samples
 from hanse.core.state import ClientState
 from hanse.core.streams import Streams
 from hanse.engines.base import Arrangement
+from hanse.engines.mechanisms import Mechanisms
 from hanse.methods.base import Method
 
 AS_IS = {"buffers", "domain"}
@@ -91,9 +92,10 @@ class Executor:
         kept: ClientState,
         paths: dict[str, GradientPath],
         shortcuts: bool,
+        privacy: Mechanisms | None = None,
     ) -> None:
         self.problem, self.samples, self.method, self.codec, self.streams = problem, samples, method, codec, streams
-        self.kept, self.paths, self.shortcuts = kept, paths, shortcuts
+        self.kept, self.paths, self.shortcuts, self.privacy = kept, paths, shortcuts and privacy is None, privacy
         self.plan = method.plan()
         self.layout = Layout({e.name: e.shape for e in problem.layout.entries if e.start < problem.shared})
         self._pool: ThreadPoolExecutor | None = None
@@ -141,6 +143,8 @@ class Executor:
             )
             upload: Upload = train(ctx)
             sizes = encode(upload, self.codec, ctx.state, partial(self._sending, orders, ctx.state))
+            if self.privacy is not None:
+                sizes = self.privacy.protect(upload, sizes)
             if total:
                 for name, values in upload.sums.items():
                     if values.dim() > 1:

@@ -6,7 +6,7 @@ import ctypes
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
@@ -28,11 +28,14 @@ from hanse.core.state import ClientState
 from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
 from hanse.engines.execution import AS_IS, Executor, Lane, Orders, joined
+from hanse.engines.mechanisms import Mechanisms
 from hanse.engines.pending import Collected, Pending
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, Clock, Events, Jobs, among
 from hanse.fleet.profiles import Work
 from hanse.methods.base import Method, State
+from hanse.privacy import Privacy
+from hanse.schedules.network import Schedule
 
 
 class local(Engine):
@@ -112,7 +115,7 @@ class LocalNetwork:
     """The network of one run: it executes work in batches and keeps virtual time, traffic and what clients remember.
 
     ``on_commit(network)`` is called after every round; setting ``stopping`` ends the run after the current one. ``seconds``: end
-    it when virtual time is that far.
+    it when virtual time is that far. ``schedule`` is who will use it, which ``privacy`` depends on.
     """
 
     def __init__(
@@ -126,6 +129,8 @@ class LocalNetwork:
         seed: int,
         rounds: int,
         seconds: float = math.inf,
+        privacy: Sequence[Privacy] = (),
+        schedule: Schedule | None = None,
         on_commit: Callable[[LocalNetwork], None] = lambda net: None,
     ) -> None:
         keep_freed_memory()
@@ -150,7 +155,10 @@ class LocalNetwork:
             raise ConfigError(f"local.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
         self.kept = self._client_state()
         self.clock = Clock(federation.fleet, federation.population, self.streams)
-        self.executor = Executor(self.problem, self.samples, method, codec, self.streams, self.kept, self.paths, engine.shortcuts)
+        self.privacy = Mechanisms(privacy, schedule or Schedule(), method, codec, federation, self.streams) if privacy else None
+        self.executor = Executor(
+            self.problem, self.samples, method, codec, self.streams, self.kept, self.paths, engine.shortcuts, self.privacy
+        )
         self.pending = Pending()
         self.work = 0.0 if self.clock.timeless else self.problem.sample_flops(self.samples.x[:1]) * method.gradients
         self.footprint = self._footprint()
@@ -161,6 +169,16 @@ class LocalNetwork:
         self._received: tuple[Tensors, Tensors, int] = ({}, {}, 0)
         self._mark()
         self._back = np.full(self.clients, -math.inf)
+        if self.privacy is not None:
+            self._try_privacy()
+
+    def _try_privacy(self) -> None:
+        """One step of the client with the fewest samples: what cannot be kept private is refused before any work."""
+        counts, zero = self.samples.counts(), torch.zeros(1, dtype=torch.long)
+        who = torch.where(counts > 0, counts, counts.max() + 1).argmin()[None]
+        message = self.method.message(self.method.init(self.problem))
+        orders = Orders("train", [message], zero, who, zero, zero, zero + 1, zero)
+        self.executor.run(orders, Arrangement("loop", 1, 1, torch.get_num_threads()), total=True)
 
     def _client_state(self) -> ClientState:
         problem, initial = self.problem, dict(self.method.kept(self.problem, self.federation.population))
@@ -249,13 +267,17 @@ class LocalNetwork:
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
         message, size = self._down(message)
         number, share = self.pending.post(work, message), self._shares(clients)
-        size += 0 if share is None else SHARE_BYTES
+        size += self._agree(clients) + (0 if share is None else SHARE_BYTES)
         return self.clock.send(clients, self.round, self._keys(who), number, size, task, patience, share)
 
     def _shares(self, clients: Tensor) -> Tensor | None:
         """What part of its entries each client may send, if the codec has the server decide that by the cohort's links."""
         links = self.clock.links(clients) if len(clients) else None
         return None if links is None else self.codec.allot(Links(*links), self.problem.shared)
+
+    def _agree(self, clients: Tensor) -> int:
+        """Bytes to each of ``clients`` beside its message, for what keeps them private in this exchange."""
+        return 0 if self.privacy is None else self.privacy.ask(clients)
 
     def _down(self, message: Tensors) -> tuple[Tensors, int]:
         """What clients receive of a message, and its bytes; the same message is encoded once."""
@@ -315,6 +337,8 @@ class LocalNetwork:
 
     def collect(self, jobs: Jobs, scale: Tensor | None = None, total: float | None = None) -> Reply:
         self._execute_unless_known(self.arrived["ticket"], jobs["ticket"])
+        if len(jobs):  # of a round that is thrown away nothing is unmasked
+            self._enough(torch.from_numpy(jobs["client"].copy()))
         self.pending.remember(jobs["ticket"], self.kept)
         found = self.pending.take(jobs["ticket"], scale)
         return self._reply(self._starts(self.clock.take(jobs["ticket"])), found, total)
@@ -330,12 +354,14 @@ class LocalNetwork:
             while bool((self.out["ticket"] >= jobs["ticket"].min(initial=NEVER)).any()):
                 await self.wait(replies=len(jobs))
             starts = self._starts(self.clock.take(jobs["ticket"]))
+        self._enough(side_by_side([batch.upload.clients for lane in lanes for batch in lane.batches], clients[:0]))
         for batch in (batch for lane in lanes for batch in lane.batches if batch.kept):
             self.kept.write(batch.upload.clients, batch.kept)
         return self._reply(starts, Collected(lanes, [], None), None)
 
     def _at_once(self, clients: Tensor, work: str, message: Tensors) -> tuple[list[Lane], dict[int, Tensors]]:
         message, size = self._down(message)
+        size += self._agree(clients)
         keys, zeros = torch.from_numpy(self._keys(clients.numpy())), torch.zeros_like(clients)
         steps = self.plan.lengths(self.samples.counts(clients))
         orders = Orders(work, [message], clients, clients, keys, torch.full_like(clients, self.round), steps, zeros)
@@ -356,11 +382,14 @@ class LocalNetwork:
 
     def _mark(self) -> None:
         self._committed, self._sent = (self.clock.mark(), self.pending.mark()), list[tuple[np.ndarray, np.ndarray]]()
+        self._bound = 0.0 if self.privacy is None else self.privacy.bound
 
     def take_back(self) -> bool:
         """Undo a round that failed, so that a snapshot is that of the last commit; False where it has collected replies before."""
         clock, mark = self._committed
         self.clock.take_back(clock)
+        if self.privacy is not None:
+            self.privacy.bound = self._bound
         for who, keys in reversed(self._sent):
             self.keys[who] = keys
         self.pending.take_back(mark, self.clock)
@@ -436,6 +465,7 @@ class LocalNetwork:
             everyone=self.total_weight,
             problem=self.problem,
         )
+        reply = self._private(reply)
         if len(reply):
             self.cohort = torch.cat([self.cohort, reply.clients]) if len(self.cohort) else reply.clients
             loss, weight = reply.loss.cpu().double().numpy(), reply.weight.cpu().double().numpy()
@@ -445,6 +475,18 @@ class LocalNetwork:
             self.updates += len(reply)
             self.taken.index_add_(0, reply.clients, torch.ones_like(reply.clients, dtype=self.taken.dtype))
         return reply
+
+    def _enough(self, came: Tensor) -> None:
+        if self.privacy is not None:
+            self.privacy.enough(came, self.round)
+
+    def _private(self, reply: Reply) -> Reply:
+        return reply if self.privacy is None else self.privacy.reply(reply, self.round)
+
+    @property
+    def epsilon(self) -> float | None:
+        """What the rounds so far have cost in privacy; None without ``differential``."""
+        return None if self.privacy is None else self.privacy.epsilon(self.round)
 
     # ---- saving
 
@@ -461,7 +503,8 @@ class LocalNetwork:
 
     def _parts(self) -> dict[str, Tensors]:
         snapshots = {"kept": self.kept.snapshot(), "clock": self.clock.snapshot(), "pending": self.pending.snapshot()}
-        return {"state": self.state, "notes": self.notes, **snapshots}
+        private = {} if self.privacy is None else {"privacy": self.privacy.snapshot()}
+        return {"state": self.state, "notes": self.notes, **snapshots, **private}
 
     def restore(self, saved: Tensors) -> None:
         """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
@@ -474,6 +517,8 @@ class LocalNetwork:
         if x is None or x.shape != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
             raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
         self.state, self.notes = {n: t.to(self.problem.device) for n, t in part["state"].items()}, part["notes"]
+        if self.privacy is not None:
+            self.privacy.restore(part["privacy"])
         self.kept.restore(part["kept"])
         self.clock.restore(part["clock"])
         self.pending.restore(part["pending"], self.clock, self.problem.device)

@@ -41,6 +41,7 @@ cover.
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -177,7 +178,7 @@ def norms(rows: Tensor) -> Tensor:
 def _shrinking(norms: Tensor, bound: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What contributions of these norms ``[C]`` are multiplied by, and whether they are within the bound."""
     if not bool(norms.isfinite().all()):
-        raise PrivacyError("differential: a client's contribution is not finite")
+        raise PrivacyError("differential: a client's contribution is not finite; lower lr or set the rule's clip")
     within = norms <= bound
     # Two roundings are to come, of the factor and of the product, each of half an epsilon.
     factor = (bound / norms * (1 - 2 * torch.finfo(dtype).eps)).masked_fill(within, 1)
@@ -190,10 +191,14 @@ def _one_round(noise: float, cohort: int, clients: int, draw: Draw) -> tuple[Any
     from dp_accounting import NeighboringRelation, dp_event
     from dp_accounting.rdp import RdpAccountant
 
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of orders that it leaves out, which only makes the bound less tight
     if draw == "bernoulli":
         accountant = RdpAccountant()
         accountant.compose(dp_event.PoissonSampledDpEvent(cohort / clients, dp_event.GaussianDpEvent(noise)))
     else:
         accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE)
         accountant.compose(dp_event.SampledWithoutReplacementDpEvent(clients, cohort, dp_event.GaussianDpEvent(noise / 2)))
+    log.setLevel(level)
     return np.asarray(accountant.orders), np.asarray(accountant.rdp)

@@ -95,6 +95,25 @@ class secure(Privacy):
         """How many of ``size`` must stay: ceil(threshold size), and two, since a sum over one is no sum."""
         return max(2, math.ceil(self.threshold * size - 1e-9))
 
+    def enough(self, stayed: Array) -> None:
+        """Raise ``PrivacyError`` if too few sent masked values; ``stayed`` bool ``[clients]`` in the order of the server's ring."""
+        size, least = len(stayed), self.least(len(stayed))
+        came = int(stayed.sum())
+        if came < least:
+            raise PrivacyError(
+                f"secure.threshold: only {came} of {size} clients sent masked values, needed are {least}; nothing was revealed"
+            )
+        circle = self.circle(size)
+        if circle == size:
+            return
+        around = np.sum([np.roll(stayed, step) for step in range(-(circle // 2), circle // 2 + 1)], axis=0)
+        thin = stayed & (around < self.least(circle))
+        if thin.any():
+            raise PrivacyError(
+                f"secure.threshold: only {around[thin].min()} of {circle} neighbours sent masked values around a client, "
+                f"needed are {self.least(circle)}; nothing was revealed"
+            )
+
     def client(self, number: int, clients: int, entropy: Entropy = os.urandom) -> Client:
         """One of ``clients`` clients; needs the extra ``privacy``."""
         self.require("cryptography", "Crypto")

@@ -6,6 +6,8 @@ Joshi, Xu, Kale, Zhang: "On the Convergence of Federated Averaging with Cyclic C
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import PositiveInt
 
@@ -16,6 +18,8 @@ from hanse.schedules.network import Network, Schedule, start
 
 class cyclic(Schedule):
     """Every client once in a cycle."""
+
+    barrier: ClassVar[bool] = True
 
     cohort: PositiveInt = 10
     """Clients per round; the last cohort of a cycle may be smaller."""

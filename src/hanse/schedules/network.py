@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -107,6 +107,14 @@ class Schedule(Part):
 
     kind: ClassVar[str] = "schedule"
     abstract: ClassVar[bool] = True
+    barrier: ClassVar[bool] = False
+    """Whether those who are asked together are added up together, before anybody else is asked."""
+
+    def sampling(self) -> tuple[int, Literal["fixed", "bernoulli"]] | None:
+        """Expected number of clients a round, and how they are drawn, if each round is one ``ask`` and nothing but that chance
+        decides who counts in it; else None. It is what an accountant of privacy has to know.
+        """
+        return None
 
     async def run(self, net: Network, method: Method) -> None:
         """The whole conversation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -22,6 +22,8 @@ class synchronous(Schedule):
     over-selection, deadlines and the least number of clients without which a round is abandoned.
     """
 
+    barrier: ClassVar[bool] = True
+
     cohort: PositiveInt = 10
     """Clients per round."""
     draw: Literal["fixed", "bernoulli"] = "fixed"
@@ -39,6 +41,14 @@ class synchronous(Schedule):
             raise ValueError(f"synchronous.least: {self.least} is not allowed: at most the cohort, {self.cohort}")
         return self
 
+    def sampling(self) -> tuple[int, Literal["fixed", "bernoulli"]] | None:
+        return (self.cohort, self.draw) if self._waits else None
+
+    @property
+    def _waits(self) -> bool:
+        """Whether a round is for all of its cohort."""
+        return not self.over and self.deadline is None and not self.least
+
     async def run(self, net: Network, method: Method) -> None:
         if self.cohort > net.clients:
             raise ConfigError(f"synchronous.cohort: {self.cohort} is not allowed: at most the number of clients, {net.clients}")
@@ -49,12 +59,12 @@ class synchronous(Schedule):
                 await net.wait(anyone=True)
                 cohort = self._draw(net)
             reply = await self._ask(net, cohort, method.message(state))
-            if len(reply):
+            if reply.counts:
                 state = method.step(state, reply, net.round)
             await net.commit(state)
 
     async def _ask(self, net: Network, cohort: Tensor, message: Tensors) -> Reply:
-        if not self.over and self.deadline is None and not self.least:
+        if self._waits:
             return await net.ask(cohort, "train", message)
         end, due = math.inf if self.deadline is None else net.now + self.deadline, False
         net.send(cohort, "train", message)

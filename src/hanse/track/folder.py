@@ -81,7 +81,8 @@ class Folder:
         try:
             lines = (self.path / HISTORY).read_bytes().split(b"\n")[:-1]
             found = [json.loads(line) for line in lines]
-            return [Record(**{name: record[name] for name in Record.__annotations__}) for record in found]  # type: ignore[typeddict-item]
+            names = Record.__annotations__.keys()
+            return [Record(**{n: r[n] for n in names if n in r or n != "epsilon"}) for r in found]  # type: ignore[typeddict-item]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ class Record(TypedDict):
 
     ``metrics`` is empty in rounds without evaluation. ``staleness`` is the mean number of versions between the model that the
     round's updates started from and the current one, 0.0 in synchronous rounds. ``jobs`` are those that ended in this round, empty
-    for a fleet without time and once a run has listed very many.
+    for a fleet without time and once a run has listed very many. ``epsilon``, only with differential privacy, is what all rounds
+    so far have cost.
     """
 
     round: int
@@ -39,6 +40,7 @@ class Record(TypedDict):
     staleness: float
     updates: int
     jobs: list[Job]
+    epsilon: NotRequired[float]
 
 
 @dataclass

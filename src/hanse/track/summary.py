@@ -38,6 +38,8 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _difference(key: str, run: Run, rivals: Sequence[Mapping[str, str]]) -> str:
     """A setting in which runs differ; of a part its name, with the fields that tell it apart from its namesakes."""
     own = run.settings.get(key, "-")
+    if own == "-":
+        return f"no {key}"
     stages = _stages(own)
     if not stages:
         return f"{key}={own}"
@@ -47,21 +49,29 @@ def _difference(key: str, run: Run, rivals: Sequence[Mapping[str, str]]) -> str:
     for i, (name, fields) in enumerate(stages):
         apart = [f"{k}={v}" for k, v in fields.items() if any(other[i][1].get(k) != v for other in others)]
         texts.append(f"{name}({', '.join(apart)})" if apart else name)
-    return " | ".join(texts)
+    return (" + " if key == "privacy" else " | ").join(texts)
 
 
-def _stages(part: str) -> list[tuple[str, dict[str, str]]]:
-    """Name and fields, as text, of every stage of a part written in full; most have one, a codec may be a chain; else none."""
+def _stages(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Name and fields, as text, of a part written in full; of the stages of a chain, of several parts between commas; else none."""
     try:
-        node = ast.parse(part, mode="eval").body
+        found = [_stage(node) for node in _pieces(ast.parse(text, mode="eval").body)]
     except SyntaxError:
         return []
+    stages = [stage for stage in found if stage is not None]
+    return stages if len(stages) == len(found) else []
+
+
+def _pieces(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        before, after = _stages(ast.unparse(node.left)), _stages(ast.unparse(node.right))
-        return [*before, *after] if before and after else []
+        return [*_pieces(node.left), node.right]
+    return list(node.elts) if isinstance(node, ast.Tuple) else [node]
+
+
+def _stage(node: ast.expr) -> tuple[str, dict[str, str]] | None:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return [(node.func.id, {str(k.arg): ast.unparse(k.value) for k in node.keywords})]
-    return [(node.id, {})] if isinstance(node, ast.Name) else []
+        return node.func.id, {str(k.arg): ast.unparse(k.value) for k in node.keywords}
+    return (node.id, {}) if isinstance(node, ast.Name) else None
 
 
 def _but_seed(run: Run) -> dict[str, str]:
@@ -69,8 +79,10 @@ def _but_seed(run: Run) -> dict[str, str]:
 
 
 def metrics(runs: Sequence[Run]) -> list[str]:
-    """Every metric that some round of some run has, and ``loss``, the training loss, which all have."""
-    return [*dict.fromkeys(name for run in runs for record in run.history for name in record["metrics"]), "loss"]
+    """Every metric that some round of some run has, ``epsilon`` too, and ``loss``, the training loss, which all have."""
+    records = [record for run in runs for record in run.history]
+    spent = ["epsilon"] if any("epsilon" in record for record in records) else []
+    return [*dict.fromkeys(name for record in records for name in record["metrics"]), *spent, "loss"]
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -103,6 +115,8 @@ def cost(record: Record, against: Against) -> float:
 
 def value(record: Record, metric: str) -> float:
     """``metric`` in one round, NaN where it was not evaluated."""
+    if metric == "epsilon":
+        return record.get("epsilon", math.nan)
     return record["loss"] if metric == "loss" else record["metrics"].get(metric, math.nan)
 
 
@@ -192,7 +206,8 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     ``metric`` names the headline; ``final``, ``std`` (n - 1) and ``best`` are values of it, over the ``scored`` seeds that ended
     with a finite one. ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target`` are means if all seeds got there, and
-    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run.
+    ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run; so is
+    ``epsilon``, which is there if any run is differentially private.
     """
     metric = headline(runs)
     lower, goal = lower_is_better(metric), target(runs, metric)
@@ -206,6 +221,7 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
         there = [r for r in hits if r is not None]
         everywhere = there if len(there) == len(members) else []
         worst = [v for run in members if not math.isnan(v := worst_clients(run, lower))]
+        spent = [v for r in ended if math.isfinite(v := value(r, "epsilon"))]
         rows.append(
             {
                 "method": label,
@@ -225,6 +241,7 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "bytes_down": _mean_or_none([r["bytes_down"] for r in ended]),
                 "seconds": _mean_or_none([r["seconds"] for r in ended]),
                 "worst10": _mean_or_none(worst),
+                **({"epsilon": _mean_or_none(spent)} if "epsilon" in metrics(runs) else {}),
             }
         )
     return rows
@@ -349,7 +366,9 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     if "seconds" in axes:
         totals["virtual time"] = ("seconds", "seconds")
     headers = ["method", "seeds", f"final {metric_text(metric)}", "best"]
+    private = "epsilon" in metrics(runs)
     headers += [f"{'time' if a == 'seconds' else a} to {goal}" for a in axes] + [*totals, "worst 10 % of clients"]
+    headers += ["epsilon"] * private
     cells = []
     for row in rows:
         partly = f" ({row['scored']} of {row['seeds']} seeds)" if 0 < row["scored"] < row["seeds"] else ""
@@ -361,7 +380,8 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         ]
         spent = [_cell(rows, key, against, row) for key, against in totals.values()]
         worst = value_text("accuracy" if metric == "loss" else metric, row["worst10"])
-        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst])
+        privately = [value_text("epsilon", row["epsilon"])] if private else []
+        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst, *privately])
     return headers, cells
 
 

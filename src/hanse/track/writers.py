@@ -24,6 +24,7 @@ def scalars(record: Record) -> dict[str, float]:
         **costs,
         "client_updates": record["updates"],
         "staleness": record["staleness"],
+        **({"epsilon": record["epsilon"]} if "epsilon" in record else {}),
         **record["metrics"],
     }
 
