@@ -130,6 +130,10 @@ class Select(Transform):
     abstract: ClassVar[bool] = True
     place: ClassVar[int] = 1
 
+    def places(self, load: Load) -> Tensor | None:
+        """Which entries are sent, int64 ``[C, m]``, ``size`` for none; None if what is sent are no entries."""
+        return load.places
+
 
 class Quantise(Transform):
     """Base of the stages that send shorter numbers."""
@@ -172,6 +176,10 @@ class Squeeze(Stage):
     def restore(self, data: bytes, most: int) -> bytes:
         """The bytes, of which there are at most ``most``; raises ``CodecError``."""
         raise TypeError(f"{type(self).__name__} does not define restore")
+
+
+SMALL = 2048
+"""Entries that no layer is longer than, besides 64 times its own: tables, code lengths and counts of 256 symbols."""
 
 
 class chain(Codec):
@@ -246,8 +254,8 @@ class chain(Codec):
             here = rows[:, where]
             load, codable, _ = piece = self._forward(here, name, shape, sending)
             values[:, where] = self._arrived(load, here, codable)
-            if kept is not None and load.places is not None:
-                chosen = kept.new_zeros(clients, load.size + 1).scatter_(1, load.places, True)[:, :-1]
+            if kept is not None and (places := self._places(load)) is not None:
+                chosen = kept.new_zeros(clients, load.size + 1).scatter_(1, places, True)[:, :-1]
                 kept[:, where] = chosen | ~codable[:, None]
             if squeeze is None:
                 sizes += self._sizes(*piece)
@@ -272,6 +280,10 @@ class chain(Codec):
             if part is not None:  # a scale may overflow, and so may a shorter type
                 codable = codable & _finite(part)
         return load, codable, rows
+
+    def _places(self, load: Load) -> Tensor | None:
+        """Which entries are sent."""
+        return next((stage.places(load) for stage in self.stages if isinstance(stage, Select)), None)
 
     def _sent_as(self, dtype: torch.dtype) -> torch.dtype:
         for stage in self._transforms:
@@ -326,7 +338,7 @@ class chain(Codec):
         pieces = self._pieces(layout or Layout({"": (n,)}))
         squeeze = self._squeeze
         if squeeze is not None:
-            most = 64 * (n + len(pieces)) * dtype.itemsize
+            most = (64 * n + SMALL * len(pieces)) * dtype.itemsize
             reader = Reader(squeeze.restore(bytes(reader.take(reader.left)), most))
         found = [self._read(reader, name, shape, dtype) for name, shape, _ in pieces]
         reader.end()

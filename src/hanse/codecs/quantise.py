@@ -99,7 +99,8 @@ class uniform(Quantise):
             low, high = masked(load, torch.inf).amin(1, keepdim=True), masked(load, -torch.inf).amax(1, keepdim=True)
             low, high = (torch.where(torch.isfinite(t), t, 0) for t in (low, high))
         low = low + 0.0  # of -0 and 0, which are equal, either may be found
-        step = high / top - low / top
+        step = (high - low) / top
+        step = torch.where(torch.isfinite(step * top), step, torch.inf)  # and so travels as it is
         unit = torch.where(step > 0, step, 1)
         if self.stochastic:
             noise = (words(sending.seeds.to(x.device), load.name, x.shape[1]).to(x.dtype) + 0.5) / 2**32 - 0.5
@@ -294,7 +295,7 @@ def codebook(x: Tensor, counts: Tensor, centres: int) -> tuple[Tensor, Tensor]:
     x = x.double().sort(1).values
     there = torch.arange(x.shape[1], device=x.device) < counts[:, None]
     finite = torch.where(there, x, 0)
-    sums, squares = (torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (finite, finite.square()))
+    sums, squares = (_integral(t, finite < 0) for t in (finite, finite.square()))
     zero, end = torch.zeros_like(counts)[:, None], counts[:, None]
     negative = torch.searchsorted(x, torch.zeros(len(x), 1, dtype=x.dtype, device=x.device))
     cuts = torch.cat([zero, end], 1) if centres == 1 else torch.cat([zero, negative, end], 1)
@@ -305,10 +306,26 @@ def codebook(x: Tensor, counts: Tensor, centres: int) -> tuple[Tensor, Tensor]:
             return means, (means[:, 1:] + means[:, :-1]) / 2
         size = cuts.diff(dim=1)
         error = squares.gather(1, cuts[:, 1:]) - squares.gather(1, cuts[:, :-1]) - means.square() * size
+        error = error.masked_fill(_single(x, cuts), -torch.inf)
         new = min(have, centres - have)
         split = error.argsort(dim=1, descending=True, stable=True)[:, :new]  # the same ones whoever else is there
         middle = torch.searchsorted(x, means.gather(1, split)).clamp(cuts.gather(1, split), cuts.gather(1, split + 1))
         cuts = torch.cat([cuts, middle], 1).sort(1).values
+
+
+def _integral(x: Tensor, negative: Tensor) -> Tensor:
+    """Sums of ``x`` from zero outwards, ``[C, m + 1]``: their differences are then no less exact where numbers are small."""
+    up, down = torch.where(negative, 0, x), torch.where(negative, x, 0).flip(1)
+    up, down = (torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (up, down))
+    return up - down.flip(1)
+
+
+def _single(x: Tensor, cuts: Tensor) -> Tensor:
+    """Which clusters of the sorted ``x`` hold at most one number, however often, bool ``[C, k]``."""
+    if not x.shape[1]:
+        return torch.ones_like(cuts[:, 1:], dtype=torch.bool)
+    first, last = (x.gather(1, t.clamp(0, x.shape[1] - 1)) for t in (cuts[:, :-1], cuts[:, 1:] - 1))
+    return (first == last) | (cuts.diff(dim=1) == 0)
 
 
 def _lloyd(x: Tensor, sums: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class topk(Sparse):
         counts = _count(sending.share, load.size)
         most = int(counts.max())
         order = load.values.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
-        order[torch.arange(most) >= counts[:, None].to(order.device)] = load.size
+        order[(torch.arange(most) >= counts[:, None]).to(order.device)] = load.size
         places = order.sort(1).values
         values = torch.where(places < load.size, load.values.gather(1, places.clamp(max=load.size - 1)), 0)
         return replace(load, places=places, values=values, counts=counts)
@@ -146,18 +146,18 @@ class randomk(Select):
 
     def forward(self, load: Load, sending: Sending) -> Load:
         seeds = sending.seeds.to(load.values.device)
-        at = self._places(load, seeds)
-        values = load.values.gather(1, at)
+        load = replace(load, seeds=seeds)
+        values = load.values.gather(1, at := self.places(load))
         if self.unbiased:
             values = values * (load.size / max(1, at.shape[1]))
-        return replace(load, values=values, seeds=seeds)
+        return replace(load, values=values)
 
-    def _places(self, load: Load, seeds: Tensor) -> Tensor:
-        return words(seeds, load.name, load.size).argsort(dim=1, stable=True)[:, : self.most(load.shape)].sort(1).values
+    def places(self, load: Load) -> Tensor:
+        assert load.seeds is not None
+        return words(load.seeds, load.name, load.size).argsort(dim=1, stable=True)[:, : self.most(load.shape)].sort(1).values
 
     def backward(self, load: Load) -> Load:
-        assert load.seeds is not None
-        dense = load.values.new_zeros(len(load.values), load.size).scatter_(1, self._places(load, load.seeds), load.values)
+        dense = load.values.new_zeros(len(load.values), load.size).scatter_(1, self.places(load), load.values)
         return replace(load, values=dense, seeds=None)
 
 
