@@ -297,12 +297,17 @@ def codebook(x: Tensor, counts: Tensor, centres: int) -> tuple[Tensor, Tensor]:
     finite = torch.where(there, x, 0)
     sums, squares = (_integral(t, finite < 0) for t in (finite, finite.square()))
     zero, end = torch.zeros_like(counts)[:, None], counts[:, None]
-    negative = torch.searchsorted(x, torch.zeros(len(x), 1, dtype=x.dtype, device=x.device))
-    cuts = torch.cat([zero, end], 1) if centres == 1 else torch.cat([zero, negative, end], 1)
+    cuts = torch.cat([zero, end], 1)
+    if centres > 1:
+        middle = torch.searchsorted(x, torch.zeros(len(x), 1, dtype=x.dtype, device=x.device))
+        one_sign = (middle == 0) | (middle == end)
+        middle = torch.where(one_sign, torch.searchsorted(x, _means(x, sums, cuts)), middle)
+        cuts = torch.cat([zero, middle, end], 1)
     while True:
         cuts, means = _lloyd(x, sums, cuts)
         have = means.shape[1]
         if have == centres:
+            means = _means(x, sums, _distinct(x, there, cuts))
             return means, (means[:, 1:] + means[:, :-1]) / 2
         size = cuts.diff(dim=1)
         error = squares.gather(1, cuts[:, 1:]) - squares.gather(1, cuts[:, :-1]) - means.square() * size
@@ -326,6 +331,17 @@ def _single(x: Tensor, cuts: Tensor) -> Tensor:
         return torch.ones_like(cuts[:, 1:], dtype=torch.bool)
     first, last = (x.gather(1, t.clamp(0, x.shape[1] - 1)) for t in (cuts[:, :-1], cuts[:, 1:] - 1))
     return (first == last) | (cuts.diff(dim=1) == 0)
+
+
+def _distinct(x: Tensor, there: Tensor, cuts: Tensor) -> Tensor:
+    """``cuts``, or a cluster for each number of the sorted ``x`` in the rows where there are enough of them."""
+    new = there & (torch.nn.functional.pad(x, (1, 0), value=-torch.inf)[:, :-1] != x)
+    which = new.cumsum(1)
+    enough = which[:, -1:] < cuts.shape[1] if x.shape[1] else torch.zeros_like(cuts[:, :1], dtype=torch.bool)
+    which = torch.where(new, which - 1, cuts.shape[1] - 1).clamp(max=cuts.shape[1] - 1)
+    at = torch.arange(x.shape[1], device=x.device).expand(which.shape)
+    starts = cuts[:, -1:].expand(cuts.shape).scatter_reduce(1, which, torch.where(new, at, at + x.shape[1]), "amin")
+    return torch.where(enough, torch.cat([starts[:, :-1], cuts[:, -1:]], 1), cuts)
 
 
 def _lloyd(x: Tensor, sums: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
