@@ -357,8 +357,11 @@ class golomb(Unary):
 
 @lru_cache(maxsize=65536)
 def _rice(size: int, count: int) -> int:
-    """The exponent whose code is shortest for ``count`` places in ``size``: the largest with ``2^r <= ln 2 size / count``."""
-    return max(0, (693 * size // (1000 * max(1, count))).bit_length() - 1)
+    """The exponent whose code is shortest for ``count`` places in ``size``: the least with ``2^r >= ln(golden ratio) (gap + 1/2)``,
+    where gap is the mean one (Kiely, "Selecting the Golomb parameter in Rice coding", 2004).
+    """
+    count = max(1, count)
+    return max(0, -(-481 * (2 * size - count) // (2000 * count)) - 1).bit_length()
 
 
 class elias(Unary):
