@@ -115,6 +115,8 @@ FUZZED = [
     "kmeans(5) | huffman",
     "randomk(0.1) | int8(7)",
     "topk(0.1) | zstd",
+    "layers | lowrank(2) | uniform(4) | zstd",
+    "layers | projections(5) | int8",
 ]
 
 

@@ -296,7 +296,9 @@ MALFORMED: list[tuple[str, Coder, bytes, int, int, bool, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("coder", "data", "size", "count", "placed", "levels"), [m[1:] for m in MALFORMED], ids=[m[0] for m in MALFORMED])
+@pytest.mark.parametrize(
+    ("coder", "data", "size", "count", "placed", "levels"), [m[1:] for m in MALFORMED], ids=[m[0] for m in MALFORMED]
+)
 def test_what_no_writer_makes_is_refused(coder: Coder, data: bytes, size: int, count: int, placed: bool, levels: int) -> None:
     with pytest.raises(CodecError):
         coder.read(Reader(data), size, count, placed, levels)

@@ -16,11 +16,26 @@ from hanse.codecs.wire import FRAME
 from hanse.core.layout import Layout
 
 numbers = st.lists(
-    st.one_of(st.floats(-10, 10, width=32), st.floats(-(2.0**-130), 2.0**-130, width=32), st.sampled_from([0.0, -0.0, 1.0, -3.0, 1e30, -1e37])),
+    st.one_of(
+        st.floats(-10, 10, width=32),
+        st.floats(-(2.0**-130), 2.0**-130, width=32),
+        st.sampled_from([0.0, -0.0, 1.0, -3.0, 1e30, -1e37]),
+    ),
     min_size=1,
     max_size=60,
 ).map(torch.tensor)
-ALL = ["uniform(8)", "uniform(1)", "uniform(2, stochastic=True)", "int8", "int8(7)", "nf4", "nf4(5)", "sign", "ternary", "kmeans(3)"]
+ALL = [
+    "uniform(8)",
+    "uniform(1)",
+    "uniform(2, stochastic=True)",
+    "int8",
+    "int8(7)",
+    "nf4",
+    "nf4(5)",
+    "sign",
+    "ternary",
+    "kmeans(3)",
+]
 
 
 def through(codec: Codec | str, x: Tensor, seed: int = 0) -> Tensor:
@@ -115,7 +130,9 @@ def squared(x: Tensor, got: Tensor) -> float:
     return float((x.double() - got.double()).square().sum())
 
 
-moderate = st.lists(st.one_of(st.floats(-10, 10, width=32), st.sampled_from([0.0, 1.0, -3.0])), min_size=1, max_size=60).map(torch.tensor)
+moderate = st.lists(st.one_of(st.floats(-10, 10, width=32), st.sampled_from([0.0, 1.0, -3.0])), min_size=1, max_size=60).map(
+    torch.tensor
+)
 
 
 @given(moderate, st.integers(2, 40))

@@ -93,7 +93,11 @@ def test_every_client_sends_the_share_it_was_allotted() -> None:
 def test_layers_that_match_a_pattern_have_a_share_of_their_own() -> None:
     rows = torch.randn(3, LAYOUT.size, generator=torch.Generator().manual_seed(0))
     got = sent("layers | topk(0.2, only={'head.*': 1, '*.bias': 0.5, '*': 0.1})", rows, LAYOUT)
-    assert [(v != 0).sum(-1).flatten(1).sum(1).tolist() for v in LAYOUT.views(got[:, None]).values()] == [[20] * 3, [10] * 3, [5] * 3]
+    assert [(v != 0).sum(-1).flatten(1).sum(1).tolist() for v in LAYOUT.views(got[:, None]).values()] == [
+        [20] * 3,
+        [10] * 3,
+        [5] * 3,
+    ]
     assert torch.equal(sent("layers | topk(0.2, only={'nothing': 1})", rows, LAYOUT), sent("layers | topk(0.2)", rows, LAYOUT))
     with pytest.raises(ConfigError, match="only"):
         topk(only={"a": 2})

@@ -97,6 +97,8 @@ class Transform(Stage):
     """Whether the reader needs the seed."""
     ragged: ClassVar[bool] = False
     """Whether clients may send different numbers of entries."""
+    bare: ClassVar[bool] = True
+    """Whether a layer that is not finite may travel as it is."""
 
     @property
     def levels(self) -> int:
@@ -129,6 +131,8 @@ class Select(Transform):
 
     abstract: ClassVar[bool] = True
     place: ClassVar[int] = 1
+    layered: ClassVar[bool] = False
+    """Whether it needs the shapes of layers."""
 
     def places(self, load: Load) -> Tensor | None:
         """Which entries are sent, int64 ``[C, m]``, ``size`` for none; None if what is sent are no entries."""
@@ -196,6 +200,9 @@ class chain(Codec):
                 f"codec: {self} is not allowed: a chain is layers, what selects, what quantises, what writes and what squeezes, in "
                 "this order and at most one of each"
             )
+        for stage in self.stages:
+            if isinstance(stage, Select) and stage.layered and not isinstance(self.stages[0], layers):
+                raise ValueError(f"codec: {self} is not allowed: {stage} is for matrices, write layers | {self}")
         return self
 
     def __str__(self) -> str:
@@ -351,6 +358,8 @@ class chain(Codec):
             most = stage.most((most,) if stage.place > 1 else shape)
         count = reader.varint(most + 1) - 1
         if count < 0:
+            if not all(stage.bare for stage in self._transforms):
+                raise CodecError(f"layer {name!r}: it may not travel as it is")
             return reader.array(dtype, size)
         if count != most and not any(stage.ragged for stage in self._transforms):
             raise CodecError(f"layer {name!r}: {count} entries, expected {most}")

@@ -161,8 +161,11 @@ class randomk(Select):
         return replace(load, values=dense, seeds=None)
 
 
-def words(seeds: Tensor, name: str, n: int) -> Tensor:
-    """32-bit words int64 ``[C, n]`` that follow from a message's seed and the layer's name."""
+def words(seeds: Tensor, name: str, n: int, start: int = 0) -> Tensor:
+    """32-bit words int64 ``[C, n]`` that follow from a message's seed and the layer's name, from the ``start``-th on, which is a
+    multiple of 4.
+    """
     block, layer = torch.arange(-(-n // 4), device=seeds.device), torch.tensor(zlib.crc32(name.encode()), device=seeds.device)
+    block += start // 4
     out = philox((seeds & MASK)[:, None], (seeds >> 32 & MASK)[:, None], block, layer, key(0, "codec"))
     return torch.stack([word.expand(len(seeds), len(block)) for word in out], -1).flatten(1)[:, :n]
