@@ -45,19 +45,20 @@ class lowrank(Select):
         if not self._shortens(load.shape):
             return load
         a, b = _matrix(load.shape)
-        q = words(sending.seeds.to(load.values.device), load.name, b * self.rank).view(-1, b, self.rank) / 2**32 - 0.5
+        drawn = words(sending.seeds.to(load.values.device), load.name, b * self.rank)
+        q = drawn.double().unflatten(1, (b, self.rank)) / 2**32 - 0.5
+        values = load.values.new_empty(len(q), self.most(load.shape))
         rows = max(1, TOGETHER // (a * b))
-        parts = zip(load.values.split(rows), q.double().split(rows), strict=True)
-        factors = [_factors(m.double().view(-1, a, b), start) for m, start in parts]
-        return replace(
-            load, values=torch.cat(factors).to(load.values.dtype) if factors else load.values[:, : self.most(load.shape)]
-        )
+        for i in (slice(at, at + rows) for at in range(0, len(q), rows)):
+            values[i] = _factors(load.values[i].double().unflatten(1, (a, b)), q[i])
+        return replace(load, values=values)
 
     def backward(self, load: Load) -> Load:
         if not self._shortens(load.shape):
             return load
         a, b = _matrix(load.shape)
-        p, q = (part.unflatten(1, (-1, self.rank)) for part in load.values.split([a * self.rank, b * self.rank], 1))
+        p = load.values[:, : a * self.rank].unflatten(1, (a, self.rank))
+        q = load.values[:, a * self.rank :].unflatten(1, (b, self.rank))
         found = p[:, :, None, 0] * q[:, None, :, 0]
         for j in range(1, self.rank):
             found += p[:, :, None, j] * q[:, None, :, j]
