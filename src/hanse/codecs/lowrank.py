@@ -46,19 +46,19 @@ class lowrank(Select):
             return load
         a, b = _matrix(load.shape)
         drawn = words(sending.seeds.to(load.values.device), load.name, b * self.rank)
-        q = drawn.double().unflatten(1, (b, self.rank)) / 2**32 - 0.5
+        q = drawn.double().view(len(drawn), b, self.rank) / 2**32 - 0.5
         values = load.values.new_empty(len(q), self.most(load.shape))
         rows = max(1, TOGETHER // (a * b))
         for i in (slice(at, at + rows) for at in range(0, len(q), rows)):
-            values[i] = _factors(load.values[i].double().unflatten(1, (a, b)), q[i])
+            values[i] = _factors(load.values[i].double().view(-1, a, b), q[i])
         return replace(load, values=values)
 
     def backward(self, load: Load) -> Load:
         if not self._shortens(load.shape):
             return load
         a, b = _matrix(load.shape)
-        p = load.values[:, : a * self.rank].unflatten(1, (a, self.rank))
-        q = load.values[:, a * self.rank :].unflatten(1, (b, self.rank))
+        p = load.values[:, : a * self.rank].reshape(-1, a, self.rank)
+        q = load.values[:, a * self.rank :].reshape(-1, b, self.rank)
         found = p[:, :, None, 0] * q[:, None, :, 0]
         for j in range(1, self.rank):
             found += p[:, :, None, j] * q[:, None, :, j]
