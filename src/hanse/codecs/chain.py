@@ -335,10 +335,14 @@ class chain(Codec):
         """What the receiver makes of it, ``[C, n]``."""
         if load.symbols is None:  # what a shorter type has left of them
             load = replace(load, values=load.values.to(self._sent_as(rows.dtype)).to(load.values.dtype))
+        values = self._received(load, rows.dtype)
+        return values if bool(codable.all()) else torch.where(codable[:, None], values, rows)
+
+    def _received(self, load: Load, dtype: torch.dtype) -> Tensor:
+        """Values ``[C, n]`` of what was sent."""
         for stage in reversed(self._transforms):
             load = stage.backward(load)
-        values = load.values.to(rows.dtype)
-        return values if bool(codable.all()) else torch.where(codable[:, None], values, rows)
+        return load.values.to(dtype)
 
     def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
         n, dtype, reader = unframe(data, None if layout is None else layout.size)
@@ -381,8 +385,7 @@ class chain(Codec):
             table=table,
             seeds=seeds,
         )
-        rows = torch.zeros(1, size, dtype=dtype)
-        return self._arrived(load, rows, torch.ones(1, dtype=torch.bool))[0]
+        return self._received(load, dtype)[0]
 
 
 def _finite(x: Tensor) -> Tensor:

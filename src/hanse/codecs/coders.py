@@ -83,7 +83,7 @@ def unpack(reader: Reader, count: int, levels: int) -> Tensor:
         found = reader.array(torch.uint8, count)
     elif bits in (1, 2, 4):
         data = np.frombuffer(reader.take(-(-count * bits // 8)), np.uint8)
-        symbols = ((data[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)).reshape(-1)
+        symbols = _unpacked(bits)[data].view(np.uint8)
         if symbols[count:].any():
             raise CodecError("the bits after the last are not zero")
         found = torch.from_numpy(symbols[:count])
@@ -94,6 +94,13 @@ def unpack(reader: Reader, count: int, levels: int) -> Tensor:
     if count and int(found.max()) >= levels:
         raise CodecError(f"a symbol of {int(found.max())}, at most {levels - 1} is allowed")
     return found
+
+
+@lru_cache
+def _unpacked(bits: int) -> NDArray[Any]:
+    """The symbols that each byte holds, side by side as one number."""
+    symbols = (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)
+    return symbols.view(f"u{8 // bits}").ravel()
 
 
 def packed_size(counts: Tensor, levels: int) -> Tensor:
@@ -507,10 +514,13 @@ class shortest(Coder):
     """Which."""
 
     def write(self, size: int, places: Tensor | None, symbols: Tensor | None, levels: int) -> list[Buffer]:
-        written = [coder.write(size, places, symbols, levels) for coder in self.coders]
-        lengths = [sum(map(len, parts)) for parts in written]
+        both = (None if t is None else t[None] for t in (places, symbols))
+        load = Load(
+            "", (size,), size, torch.empty(1, len(next(t for t in (places, symbols, ()) if t is not None))), None, *both, levels
+        )
+        lengths = [int(coder.sizes(load)) for coder in self.coders]
         best = lengths.index(min(lengths))
-        return [bytes([best]), *written[best]]
+        return [bytes([best]), *self.coders[best].write(size, places, symbols, levels)]
 
     def read(self, reader: Reader, size: int, count: int, placed: bool, levels: int) -> tuple[Tensor | None, Tensor | None]:
         best = reader.take(1)[0]

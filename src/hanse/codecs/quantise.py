@@ -15,16 +15,26 @@ from torch import Tensor
 
 from hanse.codecs.base import Sending
 from hanse.codecs.chain import Load, Quantise
-from hanse.codecs.sparse import PIECE, words
+from hanse.codecs.sparse import words
 
 STRIP = 1024
+PIECE = 1 << 17
+"""Numbers that are worked on together, so that they stay in a core's cache."""
 
 
 def row_sums(x: Tensor) -> Tensor:
     """Sums of the rows ``[C, m]`` in double precision, ``[C]``, in an order that depends on m alone."""
     clients, count = x.shape
-    padded = torch.nn.functional.pad(x.double(), (0, -count % STRIP))
-    return padded.view(clients, -1, STRIP).sum(2).cumsum(1)[:, -1] if count else padded.sum(1)
+    if not count:
+        return x.double().sum(1)
+    whole = max(STRIP, PIECE // max(1, clients) // STRIP * STRIP)
+    parts = [_padded(x[:, at : at + whole].double(), STRIP).view(clients, -1, STRIP).sum(2) for at in range(0, count, whole)]
+    return torch.cat(parts, 1).cumsum(1)[:, -1]
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """Rows filled up with zeros to a multiple of ``width``."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % width)) if x.shape[1] % width else x
 
 
 def pieces(like: Tensor, dtype: torch.dtype, make: Callable[[slice, slice], Tensor]) -> Tensor:
@@ -106,7 +116,7 @@ class uniform(Quantise):
             noise = (words(sending.seeds.to(x.device), load.name, x.shape[1]).to(x.dtype) + 0.5) / 2**32 - 0.5
             symbols = ((x - low) / unit).add_(noise).round_().clamp_(0, top).to(torch.uint8)
         else:
-            symbols = pieces(x, torch.uint8, lambda i, j: ((x[i, j] - low[i]) / unit[i]).round_().clamp_(0, top))
+            symbols = pieces(x, torch.uint8, lambda i, j: (x[i, j] - low[i]).div_(unit[i]).round_().clamp_(0, top))
         return replace(load, symbols=symbols, levels=self.levels, table=torch.cat([low, step], 1))
 
     def backward(self, load: Load) -> Load:
@@ -152,7 +162,7 @@ class Blocks(Quantise):
     def _blocks(self, x: Tensor) -> Tensor:
         """``[C, m]`` cut into blocks, ``[C * blocks, width]``, the last one filled up with zeros."""
         width = self.block or max(1, x.shape[1])
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % width)).view(-1, width)
+        return _padded(x, width).reshape(-1, width)
 
 
 def _quantised(load: Load) -> tuple[Tensor, Tensor]:
@@ -217,11 +227,12 @@ class sign(Quantise):
     def forward(self, load: Load, sending: Sending) -> Load:
         x = masked(load, 0)
         scale = row_sums(x.abs()) / load.lengths.to(x.device).clamp(min=1)
-        return replace(load, symbols=(x >= 0).to(torch.uint8), levels=2, table=scale[:, None].to(x.dtype))
+        return replace(load, symbols=(x >= 0).view(torch.uint8), levels=2, table=scale[:, None].to(x.dtype))
 
     def backward(self, load: Load) -> Load:
         symbols, scale = _quantised(load)
-        return replace(load, values=(2 * symbols.to(scale.dtype) - 1) * scale, symbols=None, levels=0, table=None)
+        values = pieces(symbols, scale.dtype, lambda i, j: symbols[i, j].to(scale.dtype).mul_(2).sub_(1).mul_(scale[i]))
+        return replace(load, values=values, symbols=None, levels=0, table=None)
 
 
 class ternary(Quantise):

@@ -35,7 +35,8 @@ class Sparse(Select):
     def backward(self, load: Load) -> Load:
         assert load.places is not None
         values, ragged = load.values, load.counts is not None
-        dense = values.new_zeros(len(values), load.size + ragged).scatter_(1, load.places, values)
+        dense = values.new_zeros(len(values), load.size + ragged)
+        dense.scatter_(1, load.places, values)
         return replace(load, values=dense[:, : load.size], places=None, counts=None)
 
 
