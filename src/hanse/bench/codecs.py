@@ -152,7 +152,7 @@ def measure(name: str, size: int, repeats: int = 5) -> dict[str, Any]:
         got = decode(data)
         times.append(time.perf_counter())
         spent.append((times[1] - times[0], times[2] - times[1]))
-    error = float((torch.from_numpy(np.array(got)) - x).norm() / x.norm())
+    error = float(np.linalg.norm(np.asarray(got) - x.numpy()) / np.linalg.norm(x.numpy()))
     encoding, decoding = (min(column) for column in zip(*spent, strict=True))
     return {"case": name, "size": size, "bytes": len(data), "error": error, "encode_s": encoding, "decode_s": decoding}
 
