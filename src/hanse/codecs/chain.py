@@ -373,7 +373,7 @@ class chain(Codec):
         seeds = reader.array(torch.int64, 1) if drawn else None
         table = reader.array(work, columns)[None] if levels else None
         places, symbols = self._coder.read(reader, size, count, placed, levels)
-        values = reader.array(self._sent_as(dtype), count).to(work) if not levels else torch.zeros(count, dtype=work)
+        values = reader.array(self._sent_as(dtype), count).to(work) if not levels else torch.zeros(1, dtype=work).expand(count)
         load = Load(
             name=name,
             shape=shape,

@@ -91,7 +91,7 @@ def unpack(reader: Reader, count: int, levels: int) -> Tensor:
         found = torch.from_numpy(numbers(take_bits(reader, count * bits), bits).astype(np.uint8))
     else:
         found = torch.zeros(count, dtype=torch.uint8)
-    if count and int(found.max()) >= levels:
+    if count and levels < 1 << bits and int(found.max()) >= levels:
         raise CodecError(f"a symbol of {int(found.max())}, at most {levels - 1} is allowed")
     return found
 

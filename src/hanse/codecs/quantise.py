@@ -122,7 +122,7 @@ class uniform(Quantise):
     def backward(self, load: Load) -> Load:
         symbols, table = _quantised(load)
         low, step = table[:, :1], table[:, 1:]
-        values = pieces(symbols, low.dtype, lambda i, j: (symbols[i, j] * step[i]).add_(low[i]))
+        values = pieces(symbols, low.dtype, lambda i, j: symbols[i, j].to(low.dtype).mul_(step[i]).add_(low[i]))
         return replace(load, values=values, symbols=None, levels=0, table=None)
 
 
@@ -181,7 +181,7 @@ class int8(Blocks):
         return (ratio * 127).round_().add_(127).to(torch.uint8)
 
     def ratios(self, symbols: Tensor, like: Tensor) -> Tensor:
-        return (symbols.to(like.dtype) - 127) / 127
+        return symbols.to(like.dtype).sub_(127).div_(127)
 
 
 class nf4(Blocks):
