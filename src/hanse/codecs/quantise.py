@@ -18,8 +18,9 @@ from hanse.codecs.chain import Load, Quantise
 from hanse.codecs.sparse import words
 
 STRIP = 1024
-PIECE = 1 << 17
-"""Numbers that are worked on together, so that they stay in a core's cache."""
+PIECE = 31 << 10
+"""Numbers that are worked on together: they stay in a core's cache, and are so few that torch does not share each operation on them
+out among threads, which takes long where another process holds one of the cores."""
 
 
 def row_sums(x: Tensor) -> Tensor:
