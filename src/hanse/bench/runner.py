@@ -14,6 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from hanse.bench import codecs
 from hanse.bench.workloads import Name, export
 from hanse.core.errors import HanseError, unknown
 
@@ -103,8 +104,8 @@ def run(workloads: list[str], repeats: int, as_json: bool) -> None:
     """Measure, print a table a workload, and fail when cases that should agree do not."""
     names: tuple[Name, ...] = get_args(Name)
     for asked in workloads:
-        if asked not in names:
-            raise unknown("workload", asked, names)
+        if asked not in (*names, "codecs"):
+            raise unknown("workload", asked, (*names, "codecs"))
     progress, out, everything, different = Console(stderr=True), Console(), list[dict[str, Any]](), list[str]()
     for workload in [name for name in names if name in workloads or not workloads]:
         with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +119,15 @@ def run(workloads: list[str], repeats: int, as_json: bool) -> None:
                 shown.add_row(row["case"], *numbers, f"{row['loss']:.5f}", f"{row['accuracy']:.4f}")
             out.print(shown)
         different += [f"{workload}: {text}" for text in differences(table)]
+    if "codecs" in workloads:
+        table = codecs.rows(repeats, one)
+        everything += table
+        if not as_json:
+            shown = Table("codec", "numbers", "times shorter", "relative error", "GB/s to bytes", "GB/s back", title="codecs")
+            for row in table:
+                speeds = f"{row['encode_gb_s']:.2f}", f"{row['decode_gb_s']:.2f}"
+                shown.add_row(row["case"], f"{row['size']:,}", f"{row['ratio']:.2f}", f"{row['error']:.4f}", *speeds)
+            out.print(shown)
     if as_json:
         print(json.dumps(everything))
     if different:

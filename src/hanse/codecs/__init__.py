@@ -5,7 +5,10 @@ from hanse.codecs.chain import chain, layers
 from hanse.codecs.coders import bitmap, elias, gaps, golomb, huffman, packed, positions, shortest
 from hanse.codecs.fedzip import fedzip
 from hanse.codecs.feedback import feedback
+from hanse.codecs.lowrank import lowrank
+from hanse.codecs.projections import projections
 from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
+from hanse.codecs.ranks import ranks
 from hanse.codecs.sparse import bcrs, randomk, threshold, topk
 from hanse.codecs.zstd import zstd
 
@@ -28,10 +31,13 @@ __all__ = [
     "int8",
     "kmeans",
     "layers",
+    "lowrank",
     "nf4",
     "packed",
     "positions",
+    "projections",
     "randomk",
+    "ranks",
     "shortest",
     "sign",
     "ternary",

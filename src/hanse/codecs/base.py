@@ -38,6 +38,12 @@ class Sending:
         """One vector ``[P]`` of no particular layout."""
         return cls(layout or Layout({"": tuple(x.shape)}), torch.tensor([seed]))
 
+    def only(self, i: int) -> Sending:
+        """The same for client ``i`` alone, with a memory of its own."""
+        here = slice(i, i + 1)
+        memory = {name: rows[here] for name, rows in self.memory.items()}
+        return replace(self, seeds=self.seeds[here], share=None if self.share is None else self.share[here], memory=memory)
+
 
 class Sent(NamedTuple):
     """What arrives: ``values`` ``[C, P]``, the ``sizes`` of the messages in bytes, int64 ``[C]``, and which entries were sent
@@ -88,9 +94,10 @@ class Codec(Part):
 
     def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
         """``[C, P]`` to what arrives; may change ``rows``."""
-        one = [replace(sending, seeds=seed[None]) for seed in sending.seeds]
+        one = [sending.only(i) for i in range(len(rows))]
         coded = [self.encode(row, each) for row, each in zip(rows, one, strict=True)]
         values = [self.decode(data, sending.layout) for data in coded]
+        sending.memory.update({name: torch.cat([each.memory[name] for each in one]) for name in self.keeps})
         return Sent(torch.stack(values).to(rows.device), torch.tensor([len(data) for data in coded]))
 
     def allot(self, links: Links, size: int) -> Tensor | None:

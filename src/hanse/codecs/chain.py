@@ -102,6 +102,8 @@ class Transform(Stage):
     """Whether the reader needs the seed."""
     ragged: ClassVar[bool] = False
     """Whether clients may send different numbers of entries."""
+    bare: ClassVar[bool] = True
+    """Whether a layer that is not finite may travel as it is."""
 
     @property
     def levels(self) -> int:
@@ -134,6 +136,12 @@ class Select(Transform):
 
     abstract: ClassVar[bool] = True
     place: ClassVar[int] = 1
+    layered: ClassVar[bool] = False
+    """Whether it needs the shapes of layers."""
+
+    def places(self, load: Load) -> Tensor | None:
+        """Which entries are sent, int64 ``[C, m]``, ``size`` for none; None if what is sent are no entries."""
+        return load.places
 
 
 class Quantise(Transform):
@@ -179,6 +187,10 @@ class Squeeze(Stage):
         raise TypeError(f"{type(self).__name__} does not define restore")
 
 
+SMALL = 2048
+"""Entries that no layer is longer than, besides 64 times its own: tables, code lengths and counts of 256 symbols."""
+
+
 class chain(Codec):
     """Stages one after another, written ``topk(0.01) | uniform(8) | gaps``. A layer that is not finite travels as it is."""
 
@@ -193,6 +205,9 @@ class chain(Codec):
                 "a chain is layers, what selects, what quantises, what writes and what squeezes, "
                 "in this order and at most one of each"
             )
+        for stage in self.stages:
+            if isinstance(stage, Select) and stage.layered and not isinstance(self.stages[0], layers):
+                raise ValueError(f"codec: {self} is not allowed: {stage} is for matrices, write layers | {self}")
         return self
 
     def __str__(self) -> str:
@@ -255,8 +270,8 @@ class chain(Codec):
             here = rows[:, where]
             load, codable, _ = piece = self._forward(here, name, shape, sending)
             values[:, where] = self._arrived(load, here, codable)
-            if kept is not None and load.places is not None:
-                chosen = kept.new_zeros(clients, load.size + 1).scatter_(1, load.places, True)[:, :-1]
+            if kept is not None and (places := self._places(load)) is not None:
+                chosen = kept.new_zeros(clients, load.size + 1).scatter_(1, places, True)[:, :-1]
                 kept[:, where] = chosen | ~codable[:, None]
             if squeeze is None:
                 sizes += self._sizes(*piece)
@@ -281,6 +296,10 @@ class chain(Codec):
             if part is not None:  # a scale may overflow, and so may a shorter type
                 codable = codable & _finite(part)
         return load, codable, rows
+
+    def _places(self, load: Load) -> Tensor | None:
+        """Which entries are sent."""
+        return next((stage.places(load) for stage in self.stages if isinstance(stage, Select)), None)
 
     def _sent_as(self, dtype: torch.dtype) -> torch.dtype:
         for stage in self._transforms:
@@ -325,17 +344,21 @@ class chain(Codec):
         """What the receiver makes of it, ``[C, n]``."""
         if load.symbols is None:  # what a shorter type has left of them
             load = replace(load, values=load.values.to(self._sent_as(rows.dtype)).to(load.values.dtype))
+        values = self._received(load, rows.dtype)
+        return values if bool(codable.all()) else torch.where(codable[:, None], values, rows)
+
+    def _received(self, load: Load, dtype: torch.dtype) -> Tensor:
+        """Values ``[C, n]`` of what was sent."""
         for stage in reversed(self._transforms):
             load = stage.backward(load)
-        values = load.values.to(rows.dtype)
-        return values if bool(codable.all()) else torch.where(codable[:, None], values, rows)
+        return load.values.to(dtype)
 
     def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
         n, dtype, reader = unframe(data, None if layout is None else layout.size)
         pieces = self._pieces(layout or Layout({"": (n,)}))
         squeeze = self._squeeze
         if squeeze is not None:
-            most = 64 * (n + len(pieces)) * dtype.itemsize
+            most = (64 * n + SMALL * len(pieces)) * dtype.itemsize
             reader = Reader(squeeze.restore(bytes(reader.take(reader.left)), most))
         found = [self._read(reader, name, shape, dtype) for name, shape, _ in pieces]
         reader.end()
@@ -348,6 +371,8 @@ class chain(Codec):
             most = stage.most((most,) if stage.place > 1 else shape)
         count = reader.varint(most + 1) - 1
         if count < 0:
+            if not all(stage.bare for stage in self._transforms):
+                raise CodecError(f"layer {name!r}: it may not travel as it is")
             return reader.array(dtype, size)
         if count != most and not any(stage.ragged for stage in self._transforms):
             raise CodecError(f"layer {name!r}: {count} entries, expected {most}")
@@ -357,7 +382,7 @@ class chain(Codec):
         seeds = reader.array(torch.int64, 1) if drawn else None
         table = reader.array(work, columns)[None] if levels else None
         places, symbols = self._coder.read(reader, size, count, placed, levels)
-        values = reader.array(self._sent_as(dtype), count).to(work) if not levels else torch.zeros(count, dtype=work)
+        values = reader.array(self._sent_as(dtype), count).to(work) if not levels else torch.zeros(1, dtype=work).expand(count)
         load = Load(
             name=name,
             shape=shape,
@@ -369,8 +394,7 @@ class chain(Codec):
             table=table,
             seeds=seeds,
         )
-        rows = torch.zeros(1, size, dtype=dtype)
-        return self._arrived(load, rows, torch.ones(1, dtype=torch.bool))[0]
+        return self._received(load, dtype)[0]
 
 
 def _finite(x: Tensor) -> Tensor:

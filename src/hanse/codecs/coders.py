@@ -83,7 +83,7 @@ def unpack(reader: Reader, count: int, levels: int) -> Tensor:
         found = reader.array(torch.uint8, count)
     elif bits in (1, 2, 4):
         data = np.frombuffer(reader.take(-(-count * bits // 8)), np.uint8)
-        symbols = ((data[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)).reshape(-1)
+        symbols = _unpacked(bits)[data].view(np.uint8)
         if symbols[count:].any():
             raise CodecError("the bits after the last are not zero")
         found = torch.from_numpy(symbols[:count])
@@ -91,9 +91,16 @@ def unpack(reader: Reader, count: int, levels: int) -> Tensor:
         found = torch.from_numpy(numbers(take_bits(reader, count * bits), bits).astype(np.uint8))
     else:
         found = torch.zeros(count, dtype=torch.uint8)
-    if count and int(found.max()) >= levels:
+    if count and levels < 1 << bits and int(found.max()) >= levels:
         raise CodecError(f"a symbol of {int(found.max())}, at most {levels - 1} is allowed")
     return found
+
+
+@lru_cache
+def _unpacked(bits: int) -> NDArray[Any]:
+    """The symbols that each byte holds, side by side as one number."""
+    symbols = (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)
+    return symbols.view(f"u{8 // bits}").ravel()
 
 
 def packed_size(counts: Tensor, levels: int) -> Tensor:
@@ -357,8 +364,11 @@ class golomb(Unary):
 
 @lru_cache(maxsize=65536)
 def _rice(size: int, count: int) -> int:
-    """The exponent whose code is shortest for ``count`` places in ``size``: the largest with ``2^r <= ln 2 size / count``."""
-    return max(0, (693 * size // (1000 * max(1, count))).bit_length() - 1)
+    """The exponent whose code is shortest for ``count`` places in ``size``: the least with ``2^r >= ln(golden ratio) (gap + 1/2)``,
+    where gap is the mean one (Kiely, "Selecting the Golomb parameter in Rice coding", 2004).
+    """
+    count = max(1, count)
+    return max(0, -(-481 * (2 * size - count) // (2000 * count)) - 1).bit_length()
 
 
 class elias(Unary):
@@ -504,10 +514,12 @@ class shortest(Coder):
     """Which."""
 
     def write(self, size: int, places: Tensor | None, symbols: Tensor | None, levels: int) -> list[Buffer]:
-        written = [coder.write(size, places, symbols, levels) for coder in self.coders]
-        lengths = [sum(map(len, parts)) for parts in written]
+        count = len(places if places is not None else symbols if symbols is not None else ())
+        rows = (None if places is None else places[None]), (None if symbols is None else symbols[None])
+        load = Load("", (size,), size, torch.empty(1, count), places=rows[0], symbols=rows[1], levels=levels)
+        lengths = [int(coder.sizes(load)) for coder in self.coders]
         best = lengths.index(min(lengths))
-        return [bytes([best]), *written[best]]
+        return [bytes([best]), *self.coders[best].write(size, places, symbols, levels)]
 
     def read(self, reader: Reader, size: int, count: int, placed: bool, levels: int) -> tuple[Tensor | None, Tensor | None]:
         best = reader.take(1)[0]

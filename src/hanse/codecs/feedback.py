@@ -28,8 +28,9 @@ class feedback(Codec):
     def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
         sending = sending or Sending.of(x)
         wanted = x + sending.memory["residual"][0] if "residual" in sending.memory else x
-        data = self.codec.encode(wanted, sending)
-        sending.memory["residual"] = (wanted - self.codec.decode(data, sending.layout))[None]
+        data = self.codec.encode(wanted, replace(sending, memory={}))
+        left = wanted - self.codec.decode(data, sending.layout)
+        sending.memory["residual"] = torch.where(torch.isfinite(left), left, 0)[None]
         return data
 
     def allot(self, links: Links, size: int) -> Tensor | None:

@@ -15,16 +15,27 @@ from torch import Tensor
 
 from hanse.codecs.base import Sending
 from hanse.codecs.chain import Load, Quantise
-from hanse.codecs.sparse import PIECE, words
+from hanse.codecs.sparse import words
 
 STRIP = 1024
+PIECE = 31 << 10
+"""Numbers that are worked on together: they stay in a core's cache, and are so few that torch does not share each operation on them
+out among threads, which takes long where another process holds one of the cores."""
 
 
 def row_sums(x: Tensor) -> Tensor:
     """Sums of the rows ``[C, m]`` in double precision, ``[C]``, in an order that depends on m alone."""
     clients, count = x.shape
-    padded = torch.nn.functional.pad(x.double(), (0, -count % STRIP))
-    return padded.view(clients, -1, STRIP).sum(2).cumsum(1)[:, -1] if count else padded.sum(1)
+    if not count:
+        return x.double().sum(1)
+    whole = max(STRIP, PIECE // max(1, clients) // STRIP * STRIP)
+    parts = [_padded(x[:, at : at + whole].double(), STRIP).view(clients, -1, STRIP).sum(2) for at in range(0, count, whole)]
+    return torch.cat(parts, 1).cumsum(1)[:, -1]
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """Rows filled up with zeros to a multiple of ``width``."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % width)) if x.shape[1] % width else x
 
 
 def pieces(like: Tensor, dtype: torch.dtype, make: Callable[[slice, slice], Tensor]) -> Tensor:
@@ -99,19 +110,20 @@ class uniform(Quantise):
             low, high = masked(load, torch.inf).amin(1, keepdim=True), masked(load, -torch.inf).amax(1, keepdim=True)
             low, high = (torch.where(torch.isfinite(t), t, 0) for t in (low, high))
         low = low + 0.0  # of -0 and 0, which are equal, either may be found
-        step = high / top - low / top
+        step = (high - low) / top
+        step = torch.where(torch.isfinite(step * top), step, torch.inf)  # and so travels as it is
         unit = torch.where(step > 0, step, 1)
         if self.stochastic:
             noise = (words(sending.seeds.to(x.device), load.name, x.shape[1]).to(x.dtype) + 0.5) / 2**32 - 0.5
             symbols = ((x - low) / unit).add_(noise).round_().clamp_(0, top).to(torch.uint8)
         else:
-            symbols = pieces(x, torch.uint8, lambda i, j: ((x[i, j] - low[i]) / unit[i]).round_().clamp_(0, top))
+            symbols = pieces(x, torch.uint8, lambda i, j: (x[i, j] - low[i]).div_(unit[i]).round_().clamp_(0, top))
         return replace(load, symbols=symbols, levels=self.levels, table=torch.cat([low, step], 1))
 
     def backward(self, load: Load) -> Load:
         symbols, table = _quantised(load)
         low, step = table[:, :1], table[:, 1:]
-        values = pieces(symbols, low.dtype, lambda i, j: (symbols[i, j] * step[i]).add_(low[i]))
+        values = pieces(symbols, low.dtype, lambda i, j: symbols[i, j].to(low.dtype).mul_(step[i]).add_(low[i]))
         return replace(load, values=values, symbols=None, levels=0, table=None)
 
 
@@ -151,7 +163,7 @@ class Blocks(Quantise):
     def _blocks(self, x: Tensor) -> Tensor:
         """``[C, m]`` cut into blocks, ``[C * blocks, width]``, the last one filled up with zeros."""
         width = self.block or max(1, x.shape[1])
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % width)).view(-1, width)
+        return _padded(x, width).reshape(-1, width)
 
 
 def _quantised(load: Load) -> tuple[Tensor, Tensor]:
@@ -170,7 +182,7 @@ class int8(Blocks):
         return (ratio * 127).round_().add_(127).to(torch.uint8)
 
     def ratios(self, symbols: Tensor, like: Tensor) -> Tensor:
-        return (symbols.to(like.dtype) - 127) / 127
+        return symbols.to(like.dtype).sub_(127).div_(127)
 
 
 class nf4(Blocks):
@@ -217,11 +229,12 @@ class sign(Quantise):
     def forward(self, load: Load, sending: Sending) -> Load:
         x = masked(load, 0)
         scale = row_sums(x.abs()) / load.lengths.to(x.device).clamp(min=1)
-        return replace(load, symbols=(x >= 0).to(torch.uint8), levels=2, table=scale[:, None].to(x.dtype))
+        return replace(load, symbols=(x >= 0).view(torch.uint8), levels=2, table=scale[:, None].to(x.dtype))
 
     def backward(self, load: Load) -> Load:
         symbols, scale = _quantised(load)
-        return replace(load, values=(2 * symbols.to(scale.dtype) - 1) * scale, symbols=None, levels=0, table=None)
+        values = pieces(symbols, scale.dtype, lambda i, j: symbols[i, j].to(scale.dtype).mul_(2).sub_(1).mul_(scale[i]))
+        return replace(load, values=values, symbols=None, levels=0, table=None)
 
 
 class ternary(Quantise):
@@ -297,21 +310,53 @@ def codebook(x: Tensor, counts: Tensor, centres: int) -> tuple[Tensor, Tensor]:
     x = x.double().sort(1).values
     there = torch.arange(x.shape[1], device=x.device) < counts[:, None]
     finite = torch.where(there, x, 0)
-    sums, squares = (torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (finite, finite.square()))
+    sums, squares = (_integral(t, finite < 0) for t in (finite, finite.square()))
     zero, end = torch.zeros_like(counts)[:, None], counts[:, None]
-    negative = torch.searchsorted(x, torch.zeros(len(x), 1, dtype=x.dtype, device=x.device))
-    cuts = torch.cat([zero, end], 1) if centres == 1 else torch.cat([zero, negative, end], 1)
+    cuts = torch.cat([zero, end], 1)
+    if centres > 1:
+        middle = torch.searchsorted(x, torch.zeros(len(x), 1, dtype=x.dtype, device=x.device))
+        one_sign = (middle == 0) | (middle == end)
+        middle = torch.where(one_sign, torch.searchsorted(x, _means(x, sums, cuts)), middle)
+        cuts = torch.cat([zero, middle, end], 1)
     while True:
         cuts, means = _lloyd(x, sums, cuts)
         have = means.shape[1]
         if have == centres:
+            means = _means(x, sums, _distinct(x, there, cuts))
             return means, (means[:, 1:] + means[:, :-1]) / 2
         size = cuts.diff(dim=1)
         error = squares.gather(1, cuts[:, 1:]) - squares.gather(1, cuts[:, :-1]) - means.square() * size
+        error = error.masked_fill(_single(x, cuts), -torch.inf)
         new = 1 if have < ONE_BY_ONE else min(have, centres - have)
         split = error.argsort(dim=1, descending=True, stable=True)[:, :new]  # the same ones whoever else is there
         middle = torch.searchsorted(x, means.gather(1, split)).clamp(cuts.gather(1, split), cuts.gather(1, split + 1))
         cuts = torch.cat([cuts, middle], 1).sort(1).values
+
+
+def _integral(x: Tensor, negative: Tensor) -> Tensor:
+    """Sums of ``x`` from zero outwards, ``[C, m + 1]``: their differences are then no less exact where numbers are small."""
+    up, down = torch.where(negative, 0, x), torch.where(negative, x, 0).flip(1)
+    up, down = (torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (up, down))
+    return up - down.flip(1)
+
+
+def _single(x: Tensor, cuts: Tensor) -> Tensor:
+    """Which clusters of the sorted ``x`` hold at most one number, however often, bool ``[C, k]``."""
+    if not x.shape[1]:
+        return torch.ones_like(cuts[:, 1:], dtype=torch.bool)
+    first, last = (x.gather(1, t.clamp(0, x.shape[1] - 1)) for t in (cuts[:, :-1], cuts[:, 1:] - 1))
+    return (first == last) | (cuts.diff(dim=1) == 0)
+
+
+def _distinct(x: Tensor, there: Tensor, cuts: Tensor) -> Tensor:
+    """``cuts``, or a cluster for each number of the sorted ``x`` in the rows where there are enough of them."""
+    new = there & (torch.nn.functional.pad(x, (1, 0), value=-torch.inf)[:, :-1] != x)
+    which = new.cumsum(1)
+    enough = which[:, -1:] < cuts.shape[1] if x.shape[1] else torch.zeros_like(cuts[:, :1], dtype=torch.bool)
+    which = torch.where(new, which - 1, cuts.shape[1] - 1).clamp(max=cuts.shape[1] - 1)
+    at = torch.arange(x.shape[1], device=x.device).expand(which.shape)
+    starts = cuts[:, -1:].expand(cuts.shape).scatter_reduce(1, which, torch.where(new, at, at + x.shape[1]), "amin")
+    return torch.where(enough, torch.cat([starts[:, :-1], cuts[:, -1:]], 1), cuts)
 
 
 def _lloyd(x: Tensor, sums: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ class Sparse(Select):
     def backward(self, load: Load) -> Load:
         assert load.places is not None
         values, ragged = load.values, load.counts is not None
-        dense = values.new_zeros(len(values), load.size + ragged).scatter_(1, load.places, values)
+        dense = values.new_zeros(len(values), load.size + ragged)
+        dense.scatter_(1, load.places, values)
         return replace(load, values=dense[:, : load.size], places=None, counts=None)
 
 
@@ -173,23 +174,26 @@ class randomk(Select):
 
     def forward(self, load: Load, sending: Sending) -> Load:
         seeds = sending.seeds.to(load.values.device)
-        at = self._places(load, seeds)
-        values = load.values.gather(1, at)
+        load = replace(load, seeds=seeds)
+        values = load.values.gather(1, at := self.places(load))
         if self.unbiased:
             values = values * (load.size / max(1, at.shape[1]))
-        return replace(load, values=values, seeds=seeds)
+        return replace(load, values=values)
 
-    def _places(self, load: Load, seeds: Tensor) -> Tensor:
-        return words(seeds, load.name, load.size).argsort(dim=1, stable=True)[:, : self.most(load.shape)].sort(1).values
+    def places(self, load: Load) -> Tensor:
+        assert load.seeds is not None
+        return words(load.seeds, load.name, load.size).argsort(dim=1, stable=True)[:, : self.most(load.shape)].sort(1).values
 
     def backward(self, load: Load) -> Load:
-        assert load.seeds is not None
-        dense = load.values.new_zeros(len(load.values), load.size).scatter_(1, self._places(load, load.seeds), load.values)
+        dense = load.values.new_zeros(len(load.values), load.size).scatter_(1, self.places(load), load.values)
         return replace(load, values=dense, seeds=None)
 
 
-def words(seeds: Tensor, name: str, n: int) -> Tensor:
-    """32-bit words int64 ``[C, n]`` that follow from a message's seed and the layer's name."""
+def words(seeds: Tensor, name: str, n: int, start: int = 0) -> Tensor:
+    """32-bit words int64 ``[C, n]`` that follow from a message's seed and the layer's name, from the ``start``-th on, which is a
+    multiple of 4.
+    """
     block, layer = torch.arange(-(-n // 4), device=seeds.device), torch.tensor(zlib.crc32(name.encode()), device=seeds.device)
+    block += start // 4
     out = philox((seeds & MASK)[:, None], (seeds >> 32 & MASK)[:, None], block, layer, key(0, "codec"))
     return torch.stack([word.expand(len(seeds), len(block)) for word in out], -1).flatten(1)[:, :n]

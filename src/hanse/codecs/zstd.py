@@ -28,6 +28,8 @@ class zstd(Squeeze):
             promised = zstandard.get_frame_parameters(data).content_size
             if promised > most:
                 raise CodecError(f"zstd: {promised} bytes are promised, at most {most} are allowed")
+            if not promised and data != self.squeeze(b""):  # which the library would not look at any further
+                raise CodecError(f"zstd: {len(data)} bytes for nothing")
             found: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=most, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise CodecError(f"zstd: {error}") from None
