@@ -60,7 +60,8 @@ def numpy_uint8() -> Way:
     def encode(x: Tensor) -> bytes:
         row = x.numpy()
         low, step = row.min(), (row.max() - row.min()) / np.float32(255)
-        return np.array([low, step]).tobytes() + np.round((row - low) / step).astype(np.uint8).tobytes()
+        found: bytes = np.array([low, step]).tobytes() + np.round((row - low) / step).astype(np.uint8).tobytes()
+        return found
 
     def decode(data: bytes) -> Any:
         low, step = np.frombuffer(data, np.float32, 2)

@@ -105,6 +105,9 @@ class Transform(Stage):
     bare: ClassVar[bool] = True
     """Whether a layer that is not finite may travel as it is."""
 
+    tells: ClassVar[bool] = False
+    """Whether its table is not finite where the numbers are not, so that nobody else need look."""
+
     @property
     def levels(self) -> int:
         """How many symbols there are; 0: values stay numbers."""
@@ -285,9 +288,12 @@ class chain(Codec):
     def _forward(self, rows: Tensor, name: str, shape: tuple[int, ...], sending: Sending) -> tuple[Load, Tensor, Tensor]:
         """What clients send of one layer ``[C, n]``, which of them have finite numbers to send, bool ``[C]``, and the layer."""
         values = rows if rows.dtype == torch.float64 else rows.float()
-        codable = _finite(values)
-        if not bool(codable.all()):
-            values = torch.where(codable[:, None], values, 0)
+        first = next(iter(self._transforms), None)
+        codable = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        if first is None or not first.tells:
+            codable = _finite(values)
+            if not bool(codable.all()):
+                values = torch.where(codable[:, None], values, 0)
         load = Load(name, shape, rows.shape[1], values)
         for stage in self._transforms:
             load = stage.forward(load, sending)

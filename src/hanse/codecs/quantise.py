@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -65,6 +66,23 @@ def masked(load: Load, fill: float) -> Tensor:
     return load.values if load.there is None else torch.where(load.there, load.values, fill)
 
 
+def nearest(x: Tensor, low: Tensor, unit: Tensor) -> Tensor:
+    """``(x - low) / unit`` rounded, uint8 ``[C, m]``; ``low`` and ``unit`` are ``[C, 1]``."""
+    if x.device.type != "cpu":
+        return (x - low).div_(unit).round_().to(torch.uint8)
+    values, begin, width = x.numpy(), low.numpy(), unit.numpy()  # whose calls cost a fraction of torch's on pieces of this size
+    symbols = np.empty(values.shape, np.uint8)
+    rows = max(1, PIECE // max(1, values.shape[1]))
+    with np.errstate(all="ignore"):  # what is not finite travels as it is
+        for i in (slice(at, at + rows) for at in range(0, len(values), rows)):
+            for j in (slice(at, at + PIECE) for at in range(0, values.shape[1], PIECE)):
+                here = values[i, j] - begin[i]
+                here /= width[i]
+                np.rint(here, out=here)
+                symbols[i, j] = here
+    return torch.from_numpy(symbols)
+
+
 class cast(Quantise):
     """Shorter floating-point numbers: half precision, or bfloat16 with the range of float32."""
 
@@ -92,6 +110,7 @@ class uniform(Quantise):
     """Bits a number."""
     stochastic: bool = False
     """Round at random, by the message's seed."""
+    tells: ClassVar[bool] = True
 
     @property
     def levels(self) -> int:
@@ -111,13 +130,14 @@ class uniform(Quantise):
             low, high = (torch.where(torch.isfinite(t), t, 0) for t in (low, high))
         low = low + 0.0  # of -0 and 0, which are equal, either may be found
         step = (high - low) / top
-        step = torch.where(torch.isfinite(step * top), step, torch.inf)  # and so travels as it is
+        exact = (step == 0) | (step >= torch.finfo(step.dtype).tiny)  # else quotients may exceed the top level
+        step = torch.where(torch.isfinite(step * top) & exact, step, torch.inf)  # and so travels as it is
         unit = torch.where(step > 0, step, 1)
         if self.stochastic:
             noise = (words(sending.seeds.to(x.device), load.name, x.shape[1]).to(x.dtype) + 0.5) / 2**32 - 0.5
             symbols = ((x - low) / unit).add_(noise).round_().clamp_(0, top).to(torch.uint8)
         else:
-            symbols = pieces(x, torch.uint8, lambda i, j: (x[i, j] - low[i]).div_(unit[i]).round_().clamp_(0, top))
+            symbols = nearest(x, low, unit)
         return replace(load, symbols=symbols, levels=self.levels, table=torch.cat([low, step], 1))
 
     def backward(self, load: Load) -> Load:
@@ -133,6 +153,7 @@ class Blocks(Quantise):
     abstract: ClassVar[bool] = True
     block: PositiveInt | None = None
     """Numbers to a scale; None: one scale for all."""
+    tells: ClassVar[bool] = True
 
     def symbols(self, ratio: Tensor) -> Tensor:
         """Symbols of numbers from -1 to 1, uint8."""
