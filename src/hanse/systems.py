@@ -109,7 +109,7 @@ SYSTEMS = (
         paper="Malekijoo, Fadaeieslam, Malekijou, Homayounfar, Alizadeh-Shabdiz, Rawassizadeh, 2021, arXiv 2102.01593",
         status="partly",
         implemented="the codec fedzip, a chain of topk, kmeans and the shortest of huffman, positions and gaps, for any rule",
-        shown="exact checks in tests/codecs, of the quantiser's error for k = 3 and doublings of the centres only; on digits 2.2 "
+        shown="exact checks in tests/codecs, of the quantiser's error for k = 3 and doublings of the centres only; on digits 2.1 "
         "points below FedAvg at an update 55 times smaller, 3.3 at 105, and with error feedback 1.5 at 155; more accurate than "
         "top-k in fewer bytes, but not than ternary or top-k with feedback; not shown: the ratio of 1085, which needs a larger "
         "model, the paper's CNN and VGG16, a GPU",

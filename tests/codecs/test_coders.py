@@ -232,7 +232,7 @@ def test_huffmans_codes_are_never_longer_than_31_bits() -> None:
 
 
 def test_code_lengths_are_flattened_until_they_fit() -> None:
-    from hanse.codecs.coders import _code_lengths
+    from hanse.codecs.huffman import _code_lengths
 
     counts = [1, 1]
     while len(counts) < 40:

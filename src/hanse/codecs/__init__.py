@@ -2,14 +2,16 @@
 
 from hanse.codecs.base import Codec, Links, Sending, Sent, identity
 from hanse.codecs.chain import chain, layers
-from hanse.codecs.coders import bitmap, elias, gaps, golomb, huffman, packed, positions, shortest
+from hanse.codecs.coders import bitmap, gaps, packed, positions
 from hanse.codecs.fedzip import fedzip
 from hanse.codecs.feedback import feedback
+from hanse.codecs.huffman import huffman, shortest
 from hanse.codecs.lowrank import lowrank
 from hanse.codecs.projections import projections
 from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
 from hanse.codecs.ranks import ranks
 from hanse.codecs.sparse import bcrs, randomk, threshold, topk
+from hanse.codecs.unary import elias, golomb
 from hanse.codecs.zstd import zstd
 
 __all__ = [

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from hanse.codecs.base import Codec, Sending, Sent
 from hanse.codecs.chain import Coder, Stage, chain, layers
-from hanse.codecs.coders import gaps, huffman, positions, shortest
+from hanse.codecs.coders import gaps, positions
+from hanse.codecs.huffman import huffman, shortest
 from hanse.codecs.quantise import kmeans
 from hanse.codecs.sparse import Fraction, topk
 from hanse.core.layout import Layout
