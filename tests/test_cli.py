@@ -42,6 +42,19 @@ def pure(text: str) -> object:
 # ---- running
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--codec", "topk", "--codec", "sign"],
+        ["--schedule", "synchronous", "--schedule", "fedbuff"],
+        ["--seed", "1", "--seed", "2"],
+        ["--seed", "1,2"],
+    ],
+)
+def test_what_is_given_twice_is_compared(cli: Hanse, flags: list[str]) -> None:
+    assert "estimate for 2 runs" in "".join(cli("run", *SMALL, *flags, "--dry-run")[1:])
+
+
 def test_flags_toml_and_python_give_the_same_run(cli: Hanse, tmp_path: Path) -> None:
     flags = [
         "--partition",

@@ -40,7 +40,7 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         shown = field.default if not isinstance(field.default, tuple) else ", ".join(map(str, field.default))
         text = f"{field.description} [{shown}]" if shown not in (None, "") else field.description
         flag = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, metavar=name.upper())
-        kind = list[str] if name in ("method", "privacy") else str
+        kind = list[str] if isinstance(field.default, tuple) else str
         options.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag])
         )

@@ -40,7 +40,9 @@ def _several(value: Any) -> Any:
 
 
 def _names(value: Any) -> Any:
-    return [name for name in value.replace(",", " ").split() if name] if isinstance(value, str) else _several(value)
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [name for some in _several(value) for name in (_names(some) if isinstance(some, str) else [some])]
 
 
 def _calls(value: Any) -> Any:

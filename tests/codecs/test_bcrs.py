@@ -100,3 +100,23 @@ def test_everything_sent_and_nothing_enlarged_is_fedavg() -> None:
             assert (
                 torch.equal(full.weights[n], w) if rule.weighting == "enlarged" else torch.allclose(full.weights[n], w, atol=1e-6)
             )
+
+
+def test_layers_with_a_share_of_their_own_keep_it() -> None:
+    layout = Layout({"body": (200,), "head": (100,)})
+    codec = hs.codecs.Codec.parse("layers | bcrs(0.05, only={'head': 1})")
+    sent = codec.roundtrip(
+        torch.randn(2, 300), Sending(layout, torch.arange(2), share=torch.tensor([0.1, 0.5]).double(), masks=True)
+    )
+    assert sent.kept is not None
+    assert sent.kept[:, :200].sum(1).tolist() == [20, 100] and bool(sent.kept[:, 200:].all())
+
+
+def test_the_estimate_counts_what_links_allow() -> None:
+    from hanse.engines.estimate import estimate
+    from hanse.engines.local import LocalNetwork
+
+    fed, schedule = federation(UNEQUAL), hs.schedules.synchronous(5)
+    net = LocalNetwork(fed, hs.methods.FedAvg(), ENGINE, bcrs(0.05), seed=0, rounds=8)
+    run = hs.run(fed, hs.methods.FedAvg(), schedule, rounds=8, codec=bcrs(0.05))
+    assert estimate(net, schedule).up == pytest.approx(run.history[-1]["bytes_up"], rel=0.01)

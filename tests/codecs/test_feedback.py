@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hanse.codecs import Codec, Sending
+from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout
 
 LAYOUT = Layout({"a": (6, 5), "b": (10,)})
@@ -81,3 +82,8 @@ def test_it_says_what_it_keeps_and_whether_all_is_sent() -> None:
     sending = Sending(Layout({"": (10,)}), torch.arange(2), masks=True)
     kept = codec.roundtrip(torch.zeros(2, 10), sending).kept
     assert kept is not None and kept.sum(1).tolist() == [1, 1]
+
+
+def test_what_makes_up_by_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unbiased scales up"):
+        Codec.parse("feedback(randomk(0.1, unbiased=True))")

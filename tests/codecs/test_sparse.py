@@ -98,7 +98,10 @@ def test_layers_that_match_a_pattern_have_a_share_of_their_own() -> None:
         [10] * 3,
         [5] * 3,
     ]
-    assert torch.equal(sent("layers | topk(0.2, only={'nothing': 1})", rows, LAYOUT), sent("layers | topk(0.2)", rows, LAYOUT))
+    with pytest.raises(ConfigError, match=r"only: 'nothing' matches no layer; there are: head.weight, body.weight, body.bias"):
+        sent("layers | topk(0.2, only={'nothing': 1})", rows, LAYOUT)
+    with pytest.raises(ConfigError, match=r"only names layers, write layers \| "):
+        Codec.parse("topk(0.2, only={'head.*': 1}) | sign")
     with pytest.raises(ConfigError, match="only"):
         topk(only={"a": 2})
 

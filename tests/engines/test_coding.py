@@ -113,3 +113,52 @@ def test_a_model_is_encoded_once_a_version(schedule: str, monkeypatch: pytest.Mo
 def test_a_codec_that_leaves_entries_out_cannot_carry_the_model(down: str) -> None:
     with pytest.raises(ConfigError, match=r"down: .* is not allowed: it carries the model itself"):
         hs.run(federation(), hs.methods.FedAvg(), rounds=1, down=Codec.parse(down))
+
+
+def test_who_does_not_send_a_vector_does_not_send_what_is_left_of_it(ragged: hs.Federation) -> None:
+    """FedAMD's anchors and miners send different vectors; each keeps what is left until it sends that one again."""
+    seen = []
+
+    class Noted(hs.methods.FedAMD):
+        """FedAMD that also shows every vector."""
+
+        abstract = True
+
+        def step(self, state, reply, round):
+            seen.append({n: (reply.senders[n], reply.rows.get(f"{n}.seen")) for n in reply.senders})
+            return super().step(state, reply, round)
+
+    net = network(ragged, Noted(p=0.5, steps=2), Codec.parse("feedback(topk(0.1))"))
+    state, _ = net.begin(net.method.init(net.problem))
+    before: dict[str, torch.Tensor] = {}
+    for t in range(4):
+        reply = ask(net, torch.arange(12), net.method.message(state))
+        kept = {n: rows for n, rows in net.kept.read(torch.arange(12)).items() if n.startswith("codec.")}
+        for name, there in reply.senders.items():
+            key, absent = f"codec.{name}.residual", reply.clients[~there]
+            old = before.get(key, torch.zeros_like(kept[key]))
+            assert torch.equal(kept[key][absent], old[absent])
+        before = kept
+        state = net.method.step(state, reply, t)
+        at_once(net.commit(state))
+    assert len(seen) == 4 and len(before) == 2
+
+
+def test_a_resumed_run_draws_the_way_down_anew_after_a_round_of_nobody(tmp_path: Path) -> None:
+    fed = hs.Federation(hs.tasks.digits(4), 4, fleet=hs.fleet.devices(loss=0.6))
+    how = {"rounds": 8, "down": Codec.parse("uniform(2, stochastic=True)"), "engine": ENGINE}
+    whole = hs.run(fed, hs.methods.FedAvg(lr=0.2), hs.schedules.synchronous(1), **how)
+    for stop in (1, 2, 3):
+
+        def started(net: LocalNetwork, stop: int = stop) -> None:
+            before = net.on_commit
+
+            def committed(net: LocalNetwork) -> None:
+                net.stopping = net.round == stop
+                before(net)
+
+            net.on_commit = committed
+
+        out = tmp_path / str(stop)
+        hs.run(fed, hs.methods.FedAvg(lr=0.2), hs.schedules.synchronous(1), **how, out=out, on_start=started)
+        assert all(torch.equal(w, hs.resume(out, fed).weights[n]) for n, w in whole.weights.items())

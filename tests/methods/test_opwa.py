@@ -101,3 +101,22 @@ def test_masks_of_a_run_are_those_of_what_was_sent(schedule: hs.schedules.Schedu
     engine = hs.engines.local(path="stacked", chunk=2, workers=workers, threads=1)
     hs.run(fed, Noted(lr=0.1), schedule, rounds=4, codec=hs.codecs.topk(0.05), engine=engine)
     assert len(notes) == 4 and max(notes) > 1
+
+
+def test_a_schedules_discount_is_kept_when_weights_are_normalised() -> None:
+    fed = hs.Federation(hs.tasks.digits(), 8, hs.data.dirichlet(0.5), hs.fleet.devices(job="exponential(1)"))
+    rule, codec = OPWA(lr=0.1, weighting="normalised"), hs.codecs.topk(0.05)
+    moved = []
+    for alpha in (1.0, 0.01):
+        run = hs.run(fed, rule, hs.schedules.fedbuff(2, cohort=4, alpha=alpha), rounds=1, codec=codec)
+        start = dict(fed.problem.layout.views(fed.problem.start))
+        moved.append(torch.cat([(run.weights[n] - start[n]).flatten() for n in run.weights]))
+    torch.testing.assert_close(0.01 * moved[0], moved[1], rtol=1e-3, atol=1e-7)
+
+
+def test_with_a_codec_that_sends_everything_it_is_fedavg() -> None:
+    fed, codec = hs.Federation(hs.tasks.digits(), 8, hs.data.dirichlet(0.5)), hs.codecs.uniform(8)
+    one, two = (
+        hs.run(fed, rule, hs.schedules.synchronous(3), rounds=3, codec=codec) for rule in (OPWA(lr=0.1, overlap=3), FedAvg(lr=0.1))
+    )
+    assert all(torch.equal(one.weights[n], w) for n, w in two.weights.items())

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from hanse.core.errors import CodecError
+from hanse.core.errors import CodecError, ConfigError
 from hanse.core.layout import Layout
 from hanse.core.messages import Tensors
 from hanse.core.part import Part
@@ -113,6 +113,9 @@ class Codec(Part):
         return reduce(or_, map(cls.parse, stages))
 
     def __or__(self, then: Codec) -> Codec:
+        for codec in (self, then):
+            if not hasattr(codec, "place") and not hasattr(codec, "stages"):
+                raise ConfigError(f"codec: {self} | {then} is not allowed: {codec} is no stage; it goes around a chain, or alone")
         return Codec.named("chain")(stages=(*getattr(self, "stages", (self,)), *getattr(then, "stages", (then,))))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from hanse.codecs.base import Codec, Links, Sending, Sent
 from hanse.codecs.wire import FRAME, Buffer, Reader, frame, raw, unframe, varint, varint_size
-from hanse.core.errors import CodecError
+from hanse.core.errors import CodecError, ConfigError
 from hanse.core.layout import Layout
 
 
@@ -211,6 +212,8 @@ class chain(Codec):
         for stage in self.stages:
             if isinstance(stage, Select) and stage.layered and not isinstance(self.stages[0], layers):
                 raise ValueError(f"codec: {self} is not allowed: {stage} is for matrices, write layers | {self}")
+            if getattr(stage, "only", None) and not isinstance(self.stages[0], layers):
+                raise ValueError(f"only names layers, write layers | {self}")
         return self
 
     def __str__(self) -> str:
@@ -252,6 +255,11 @@ class chain(Codec):
     def _pieces(self, layout: Layout) -> list[tuple[str, tuple[int, ...], slice]]:
         """Name, shape and place of what is coded by itself."""
         if isinstance(self.stages[0], layers):
+            for stage in self.stages if len(layout.entries) > 1 else ():
+                for pattern in getattr(stage, "only", ()):
+                    if not any(fnmatchcase(e.name, pattern) for e in layout.entries):
+                        there = ", ".join(e.name for e in layout.entries)
+                        raise ConfigError(f"{stage.short_name}.only: {pattern!r} matches no layer; there are: {there}")
             return [(e.name, e.shape, slice(e.start, e.start + e.size)) for e in layout.entries]
         return [("", (layout.size,), slice(0, layout.size))]
 
@@ -364,7 +372,7 @@ class chain(Codec):
         pieces = self._pieces(layout or Layout({"": (n,)}))
         squeeze = self._squeeze
         if squeeze is not None:
-            most = (64 * n + SMALL * len(pieces)) * dtype.itemsize
+            most = 64 * n + 8 * SMALL * len(pieces)
             reader = Reader(squeeze.restore(bytes(reader.take(reader.left)), most))
         found = [self._read(reader, name, shape, dtype) for name, shape, _ in pieces]
         reader.end()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from hanse.codecs.base import Codec, Links, Sending, Sent
@@ -22,8 +23,14 @@ class feedback(Codec):
     """
 
     codec: Codec
-    """What loses something."""
+    """What loses something, and does not make up for it by itself."""
     keeps: ClassVar[tuple[str, ...]] = ("residual",)
+
+    @model_validator(mode="after")
+    def _not_twice(self) -> feedback:
+        if any(getattr(stage, "unbiased", False) for stage in getattr(self.codec, "stages", (self.codec,))):
+            raise ValueError("unbiased scales up what is sent, which the next message would take back: leave it out")
+        return self
 
     def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
         sending = sending or Sending.of(x)

@@ -46,12 +46,12 @@ class topk(Sparse):
     fraction: Fraction = 0.1
     """Share of entries kept, unless the server allots each client its own."""
     only: dict[str, Fraction] = Field(default={})
-    """After ``layers``: other shares for those whose names match a pattern, as in {'head.*': 1}."""
+    """After ``layers``: other shares, for all clients, of those whose names match a pattern, as in {'head.*': 1}."""
 
     def forward(self, load: Load, sending: Sending) -> Load:
-        share = next((f for pattern, f in self.only.items() if fnmatchcase(load.name, pattern)), self.fraction)
-        if sending.share is None or not load.size:
-            count = _count(torch.tensor(share, dtype=torch.float64), load.size)
+        own = next((f for pattern, f in self.only.items() if fnmatchcase(load.name, pattern)), None)
+        if sending.share is None or own is not None or not load.size:
+            count = _count(torch.tensor(own or self.fraction, dtype=torch.float64), load.size)
             return replace(load, places=(at := largest(load.values, int(count))), values=load.values.gather(1, at))
         counts = _count(sending.share, load.size)
         most = largest(load.values, int(counts.max()))
@@ -70,7 +70,8 @@ class bcrs(topk):
     Tang et al.: "Bandwidth-Aware and Overlap-Weighted Compression for Communication-Efficient Federated Learning", 2024,
     arXiv 2408.14736. CR* is ``fraction``; L is latency and B bytes per second to the server, as the fleet declares them. The round
     takes as long as with ``topk`` at CR*, but more is sent. ``layers`` and a quantiser or coder go with it as with ``topk``. That a
-    kept entry costs its place as well is our choice; training time does not count.
+    kept entry costs its place as well is our choice; training time does not count. A cohort is whom one ``send`` of the schedule
+    goes to: clients that are asked one by one get CR*. The times are those of rules that send one vector of the model's size.
     """
 
     fraction: Fraction = 0.1

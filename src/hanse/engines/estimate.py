@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ class Estimate:
 def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
     """Costs of the run that ``net`` is about to make; its state is left alone."""
     probes = net.streams.sample("probe", net.clients, min(2, net.clients), 0)
-    sent = _bytes(net, probes)
-    stage = Rehearsal(net, sent)
+    stage = Rehearsal(net, *_bytes(net, probes))
     drive(schedule.run(stage, stage.method))
     rounds = max(1, stage.round)
     each = max(1, round(stage.updates / rounds))  # client updates in a round
@@ -83,9 +82,11 @@ class Still:
 
 
 class Rehearsal(LocalNetwork):
-    """The network of ``net`` in which nobody works: every reply has ``size`` bytes and nothing in it."""
+    """The network of ``net`` in which nobody works: every reply has ``size`` bytes and nothing in it, and ``whole`` bytes more for
+    a client that may send all entries, where the server allots shares.
+    """
 
-    def __init__(self, net: LocalNetwork, size: int) -> None:
+    def __init__(self, net: LocalNetwork, size: int, whole: int = 0) -> None:
         super().__init__(
             net.federation,
             net.method,
@@ -98,11 +99,13 @@ class Rehearsal(LocalNetwork):
         )
         self.kept.widths = {}
         self.method: Any = Still(net)
-        self.size, self.total_weight, self.privacy = size, 1.0, net.privacy
+        self.size, self.whole, self.total_weight, self.privacy = size, whole, 1.0, net.privacy
 
     def _perform(self, orders: Orders, total: bool) -> list[Lane]:
         size = self.size if self.privacy is None else self.privacy.up() or self.size
         ones, sizes = torch.ones(len(orders)), torch.full((len(orders),), size)
+        if orders.share is not None:
+            sizes += (orders.share * self.whole).long()
         upload = Upload(orders.clients, ones, {}, {}, {}, ones)
         return [Lane(batches=[Batch(orders.tickets, orders.versions, upload, sizes, {}, ones.bool())])]
 
@@ -135,10 +138,18 @@ def _orders(net: LocalNetwork, clients: Tensor) -> Orders:
     return Orders("train", [message], zeros, clients, zeros, zeros, steps, zeros)
 
 
-def _bytes(net: LocalNetwork, clients: Tensor) -> int:
-    """Mean bytes of a reply."""
-    lanes = net.executor.run(_orders(net, clients), probe_arrangement(net, clients), total=True)
-    return int(torch.cat([b.bytes_up for lane in lanes for b in lane.batches]).double().mean())
+def _bytes(net: LocalNetwork, clients: Tensor) -> tuple[int, int]:
+    """Mean bytes of a reply, and how many more they are with a whole share than without any, where shares are allotted."""
+
+    def mean(share: float | None) -> int:
+        own = None if share is None else torch.full((len(clients),), share, dtype=torch.float64)
+        lanes = net.executor.run(replace(_orders(net, clients), share=own), probe_arrangement(net, clients), total=True)
+        return int(torch.cat([b.bytes_up for lane in lanes for b in lane.batches]).double().mean())
+
+    if net.shares(clients) is None:
+        return mean(None), 0
+    half, all_of_it = mean(0.5), mean(1.0)
+    return 2 * half - all_of_it, 2 * (all_of_it - half)
 
 
 def _seconds(net: LocalNetwork, clients: Tensor, how: Arrangement) -> float:

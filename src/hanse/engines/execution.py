@@ -158,12 +158,16 @@ class Executor:
     def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""
         return Sending(
-            layout=self.layout if width == self.layout.size else Layout({name: (width,)}),
+            layout=self.layout_of(name, width),
             seeds=self.streams.seeds(f"codec.{name}", orders.clients, orders.rounds),
             share=orders.share,
             masks=self.method.masks,
             memory={row: state[key] for row in self.codec.keeps if (key := memory_key(name, row)) in state},
         )
+
+    def layout_of(self, name: str, width: int) -> Layout:
+        """The model's layout for vectors as wide as what is shared of it, else none in particular."""
+        return self.layout if width == self.layout.size else Layout({name: (width,)})
 
     def _rate(self, versions: Tensor) -> float | Tensor:
         """The learning rate of each version, a number if it is the same for all, else ``[C, 1]``."""
@@ -223,8 +227,15 @@ def encode(upload: Upload, codec: Codec, state: Tensors, sending: Callable[[str,
     for group in (upload.sums, upload.rows):
         for name in [n for n in group if n not in AS_IS]:
             how = sending(name, group[name].shape[1])
-            group[name], size, kept = codec.roundtrip(group[name], how)
-            if kept is not None and group is upload.sums:
+            before = dict(how.memory)
+            arrived, size, kept = codec.roundtrip(group[name], how)
+            if name in upload.senders:  # who does not send it does not send what is left over from before either
+                there = sent[name].to(arrived.device)[:, None]
+                arrived, kept = torch.where(there, arrived, 0), None if kept is None else kept & there
+                for row, values in how.memory.items():
+                    how.memory[row] = torch.where(there, values, before.get(row, torch.zeros_like(values)))
+            group[name] = arrived
+            if kept is not None and codec.sparse and group is upload.sums:
                 marks |= _marks(name, kept, upload.weight)
             state |= {memory_key(name, row): values for row, values in how.memory.items()}
             lengths[name] = torch.where(sent[name], size, -1)

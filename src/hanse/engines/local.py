@@ -22,7 +22,6 @@ from hanse.codecs.base import Codec, Links, Sending, identity
 from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import paths
-from hanse.core.layout import Layout
 from hanse.core.messages import Reply, Tensors, wire_size
 from hanse.core.state import ClientState
 from hanse.engines.arrangement import fastest
@@ -166,7 +165,7 @@ class LocalNetwork:
         self.notes: Tensors = {}
         self.stopping = False
         self._draws = 0
-        self._received: tuple[Tensors, Tensors, int] = ({}, {}, 0)
+        self._received: tuple[int, Tensors, Tensors, int] = (-1, {}, {}, 0)
         self._mark()
         self._back = np.full(self.clients, -math.inf)
         if self.privacy is not None:
@@ -266,11 +265,11 @@ class LocalNetwork:
             self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
         message, size = self._down(message)
-        number, share = self.pending.post(work, message), self._shares(clients)
+        number, share = self.pending.post(work, message), self.shares(clients)
         size += self._agree(clients) + (0 if share is None else SHARE_BYTES)
         return self.clock.send(clients, self.round, self._keys(who), number, size, task, patience, share)
 
-    def _shares(self, clients: Tensor) -> Tensor | None:
+    def shares(self, clients: Tensor) -> Tensor | None:
         """What part of its entries each client may send, if the codec has the server decide that by the cohort's links."""
         links = self.clock.links(clients) if len(clients) else None
         return None if links is None else self.codec.allot(Links(*links), self.problem.shared)
@@ -283,18 +282,20 @@ class LocalNetwork:
         """What clients receive of a message, and its bytes; the same message is encoded once."""
         if self.down.plain:
             return message, wire_size(message)
-        before, received, size = self._received
-        if before.keys() != message.keys() or any(before[n] is not t for n, t in message.items()):
+        round, before, received, size = self._received
+        if round != self.round or before.keys() != message.keys() or any(before[n] is not t for n, t in message.items()):
             vectors = {n: t for n, t in message.items() if n not in AS_IS and t.dim() == 1}
             sent = {n: self.down.roundtrip(t[None].clone(), self._broadcast(n, t)) for n, t in vectors.items()}
             received = {**message, **{n: s.values[0] for n, s in sent.items()}}
             size = wire_size({n: t for n, t in message.items() if n not in vectors}, {n: int(s.sizes) for n, s in sent.items()})
-            self._received = message, received, size
+            self._received = self.round, message, received, size
         return received, size
 
     def _broadcast(self, name: str, vector: Tensor) -> Sending:
-        layout = self.executor.layout if len(vector) == self.executor.layout.size else Layout({name: (len(vector),)})
-        return Sending(layout, self.streams.seeds(f"down.{name}", torch.zeros(1, dtype=torch.long), self.round))
+        return Sending(
+            self.executor.layout_of(name, len(vector)),
+            self.streams.seeds(f"down.{name}", torch.zeros(1, dtype=torch.long), self.round),
+        )
 
     def _keys(self, who: np.ndarray) -> np.ndarray:
         """What the chance of the next job of each client is drawn for: the round, or later if it has had this version before."""

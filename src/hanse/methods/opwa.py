@@ -37,7 +37,7 @@ class OPWA(FedAvg):
     masks: ClassVar[bool] = True
 
     gamma: Annotated[float, Field(ge=1)] | None = None
-    """Factor on entries that at most ``overlap`` clients sent; None: the number of clients, at most 10."""
+    """Factor on entries that at most ``overlap`` clients sent; None: the number of clients, at most 10. One client alone: 1."""
     overlap: PositiveInt = 1
     """The threshold r."""
     weighting: Literal["enlarged", "normalised"] = "enlarged"
@@ -50,7 +50,7 @@ class OPWA(FedAvg):
     def factor(self, reply: Reply) -> Tensor:
         """g ``[P]``."""
         if self.weighting == "normalised":
-            sent = reply.mean("delta.kept")
+            sent = reply.sums["delta.kept"] / reply.weight.sum()  # unscaled, or a schedule's discounts would cancel
             return torch.where(sent > 0, 1 / sent, 1)
         few = reply.sums["delta.overlap"].round() <= self.overlap
         gamma = 1.0 if len(reply) == 1 else self.gamma or min(float(len(reply)), CAP)
