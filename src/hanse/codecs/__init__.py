@@ -6,9 +6,10 @@ from hanse.codecs.coders import bitmap, gaps, packed, positions
 from hanse.codecs.fedzip import fedzip
 from hanse.codecs.feedback import feedback
 from hanse.codecs.huffman import huffman, shortest
+from hanse.codecs.kmeans import kmeans
 from hanse.codecs.lowrank import lowrank
 from hanse.codecs.projections import projections
-from hanse.codecs.quantise import cast, int8, kmeans, nf4, sign, ternary, uniform
+from hanse.codecs.quantise import cast, int8, nf4, sign, ternary, uniform
 from hanse.codecs.ranks import ranks
 from hanse.codecs.sparse import bcrs, randomk, threshold, topk
 from hanse.codecs.unary import elias, golomb

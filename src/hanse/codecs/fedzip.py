@@ -39,7 +39,7 @@ from hanse.codecs.base import Codec, Sending, Sent
 from hanse.codecs.chain import Coder, Stage, chain, layers
 from hanse.codecs.coders import gaps, positions
 from hanse.codecs.huffman import huffman, shortest
-from hanse.codecs.quantise import kmeans
+from hanse.codecs.kmeans import kmeans
 from hanse.codecs.sparse import Fraction, topk
 from hanse.core.layout import Layout
 
