@@ -266,7 +266,7 @@ def test_the_error_does_not_grow_as_centres_are_doubled(numbers: np.ndarray) -> 
 def test_it_is_a_chain_with_a_name(text: str, chain: str) -> None:
     codec, same = Codec.parse(text), Codec.parse(chain)
     assert isinstance(codec, fedzip) and Codec.parse(str(codec)) == codec == Codec.parse(codec.full())
-    assert codec.stages == same.stages and codec.sparse
+    assert codec.chained() == same.chained() and codec.sparse
     layout = Layout({"weight": (30, 20), "bias": (30,)})
     x, sending = normal(layout.size), Sending(layout, torch.tensor([0]))
     assert codec.encode(x, sending) == same.encode(x, sending)

@@ -82,6 +82,11 @@ class Codec(Part):
         """Whether some entries are not sent at all, or only in sum."""
         return False
 
+    @property
+    def corrects(self) -> bool:
+        """Whether it scales up what it sends, to make up for what it leaves out."""
+        return any(stage.corrects for stage in self.chained() if stage is not self)
+
     def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
         """A vector ``[P]`` as bytes."""
         raise TypeError(f"{type(self).__name__} does not define encode")
@@ -112,11 +117,15 @@ class Codec(Part):
             return super().parse(text)
         return reduce(or_, map(cls.parse, stages))
 
+    def chained(self) -> tuple[Codec, ...]:
+        """The stages it is made of; none if it is no chain."""
+        return ()
+
     def __or__(self, then: Codec) -> Codec:
         for codec in (self, then):
-            if not hasattr(codec, "place") and not hasattr(codec, "stages"):
+            if not codec.chained():
                 raise ConfigError(f"codec: {self} | {then} is not allowed: {codec} is no stage; it goes around a chain, or alone")
-        return Codec.named("chain")(stages=(*getattr(self, "stages", (self,)), *getattr(then, "stages", (then,))))
+        return Codec.named("chain")(stages=(*self.chained(), *then.chained()))
 
 
 def _pipeline(text: str) -> list[str]:

@@ -64,29 +64,43 @@ class Load:
         return torch.arange(self.values.shape[1], device=self.values.device) < self.counts.to(self.values.device)[:, None]
 
 
-class Stage(Codec):
+class Composed(Codec):
+    """Base of what stands for a chain: in every respect that of the stages it is ``chained`` of."""
+
+    abstract: ClassVar[bool] = True
+
+    @cached_property
+    def _chain(self) -> chain:
+        return chain(stages=self.chained())
+
+    def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
+        return self._chain.encode(x, sending)
+
+    def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
+        return self._chain.decode(data, layout)
+
+    def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
+        return self._chain.roundtrip(rows, sending)
+
+    @property
+    def sparse(self) -> bool:
+        return self._chain.sparse
+
+
+class Stage(Composed):
     """Base of what a chain is made of; a stage alone is a chain of one."""
 
     abstract: ClassVar[bool] = True
     place: ClassVar[int] = 0
     """Where in a chain it stands: layers, select or shrink, quantise, write, squeeze."""
 
-    @cached_property
-    def _alone(self) -> chain:
-        return chain(stages=(self,))
-
-    def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
-        return self._alone.encode(x, sending)
-
-    def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
-        return self._alone.decode(data, layout)
-
-    def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
-        return self._alone.roundtrip(rows, sending)
-
     @property
-    def sparse(self) -> bool:
-        return self._alone.sparse
+    def patterns(self) -> tuple[str, ...]:
+        """Which layers it treats differently, by patterns of their names."""
+        return ()
+
+    def chained(self) -> tuple[Codec, ...]:
+        return (self,)
 
 
 class layers(Stage):
@@ -212,7 +226,7 @@ class chain(Codec):
         for stage in self.stages:
             if isinstance(stage, Select) and stage.layered and not isinstance(self.stages[0], layers):
                 raise ValueError(f"codec: {self} is not allowed: {stage} is for matrices, write layers | {self}")
-            if getattr(stage, "only", None) and not isinstance(self.stages[0], layers):
+            if stage.patterns and not isinstance(self.stages[0], layers):
                 raise ValueError(f"only names layers, write layers | {self}")
         return self
 
@@ -223,6 +237,9 @@ class chain(Codec):
 
     def full(self) -> str:
         return " | ".join(stage.full() for stage in self.stages)
+
+    def chained(self) -> tuple[Codec, ...]:
+        return self.stages
 
     def allot(self, links: Links, size: int) -> Tensor | None:
         shares = (stage.allot(links, size) for stage in self.stages)
@@ -256,7 +273,7 @@ class chain(Codec):
         """Name, shape and place of what is coded by itself."""
         if isinstance(self.stages[0], layers):
             for stage in self.stages if len(layout.entries) > 1 else ():
-                for pattern in getattr(stage, "only", ()):
+                for pattern in stage.patterns:
                     if not any(fnmatchcase(e.name, pattern) for e in layout.entries):
                         there = ", ".join(e.name for e in layout.entries)
                         raise ConfigError(f"{stage.short_name}.only: {pattern!r} matches no layer; there are: {there}")

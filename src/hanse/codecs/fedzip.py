@@ -29,19 +29,16 @@ both centres occur. An entry takes a bit at least, so (a) alone cannot make floa
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from hanse.codecs.base import Codec, Sending, Sent
-from hanse.codecs.chain import Coder, Stage, chain, layers
+from hanse.codecs.base import Codec
+from hanse.codecs.chain import Coder, Composed, layers
 from hanse.codecs.coders import gaps, positions
 from hanse.codecs.huffman import huffman, shortest
 from hanse.codecs.kmeans import kmeans
 from hanse.codecs.sparse import Fraction, topk
-from hanse.core.layout import Layout
 
 CODERS: dict[str, Coder] = {
     "auto": shortest(),
@@ -51,7 +48,7 @@ CODERS: dict[str, Coder] = {
 }
 
 
-class fedzip(Codec):
+class fedzip(Composed):
     """Of each layer the largest entries, replaced by a few centres, losslessly written (Malekijoo et al., arXiv 2102.01593).
 
     The chain ``layers | topk(z) | kmeans(k - 1) | shortest``, and in every respect equal to it.
@@ -64,24 +61,5 @@ class fedzip(Codec):
     encoding: Literal["auto", "huffman", "positions", "gaps"] = "auto"
     """Lossless code; auto: the shortest of the three for each layer."""
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """What it is made of."""
+    def chained(self) -> tuple[Codec, ...]:
         return layers(), topk(self.z), kmeans(self.k - 1), CODERS[self.encoding]
-
-    @cached_property
-    def _chain(self) -> chain:
-        return chain(stages=self.stages)
-
-    @property
-    def sparse(self) -> bool:
-        return self._chain.sparse
-
-    def encode(self, x: Tensor, sending: Sending | None = None) -> bytes:
-        return self._chain.encode(x, sending)
-
-    def decode(self, data: bytes, layout: Layout | None = None) -> Tensor:
-        return self._chain.decode(data, layout)
-
-    def roundtrip(self, rows: Tensor, sending: Sending) -> Sent:
-        return self._chain.roundtrip(rows, sending)

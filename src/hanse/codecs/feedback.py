@@ -28,7 +28,7 @@ class feedback(Codec):
 
     @model_validator(mode="after")
     def _not_twice(self) -> feedback:
-        if any(getattr(stage, "unbiased", False) for stage in getattr(self.codec, "stages", (self.codec,))):
+        if self.codec.corrects:
             raise ValueError("unbiased scales up what is sent, which the next message would take back: leave it out")
         return self
 

@@ -48,6 +48,10 @@ class topk(Sparse):
     only: dict[str, Fraction] = Field(default={})
     """After ``layers``: other shares, for all clients, of those whose names match a pattern, as in {'head.*': 1}."""
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(self.only)
+
     def forward(self, load: Load, sending: Sending) -> Load:
         own = next((f for pattern, f in self.only.items() if fnmatchcase(load.name, pattern)), None)
         if sending.share is None or own is not None or not load.size:
@@ -168,6 +172,10 @@ class randomk(Select):
     unbiased: bool = False
     """Scale up what is kept; not together with error feedback, which does without."""
     drawn: ClassVar[bool] = True
+
+    @property
+    def corrects(self) -> bool:
+        return self.unbiased
 
     def most(self, shape: tuple[int, ...]) -> int:
         size = torch.Size(shape).numel()
