@@ -62,8 +62,8 @@ class mimic(Attack):
     """Every liar sends a copy of one honest client's update, which so counts several times.
 
     Karimireddy, He, Jaggi: "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022, arXiv 2006.09365. They
-    choose the victim once, after the first rounds, along the direction in which updates vary most; without ``victim`` ours is chosen
-    in every cohort: the update farthest from mu, because its repetition moves the mean most.
+    choose the victim once, after the first rounds, along the direction in which updates vary most; without ``victim`` ours is
+    chosen in every cohort: the update farthest from mu, because its repetition moves the mean most.
     """
 
     victim: NonNegativeInt | None = None

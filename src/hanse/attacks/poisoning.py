@@ -22,10 +22,10 @@ def owned(samples: Samples, clients: Tensor) -> Tensor:
 
 
 def changed(samples: Samples, places: Tensor, y: Tensor, x: Tensor | None = None) -> Samples:
-    """``samples`` with other labels ``y`` ``[M]`` and, where given, other ``x`` ``[M, ...]`` at int64 ``places`` ``[M]`` in client order.
+    """``samples`` with other ``y`` ``[M]`` and, where given, ``x`` ``[M, ...]`` at ``places`` in client order, int64 ``[M]``.
 
-    Labels are copied, ``x`` only if it changes; all other places keep their bits. Where a row of theirs stands at a second place as
-    well, the changed ones become new rows at the end, which copies both.
+    Labels are copied, and ``x`` if it changes; all other places keep their bits. If one of the rows stands at a second place as well,
+    the changed ones become new rows at the end, which copies both.
     """
     if not len(places):
         return samples
