@@ -53,12 +53,13 @@ class Cohort:
 
     @cached_property
     def _witnesses(self) -> Tensor:
-        """Whose rows an omniscient attack goes by, bool ``[C]``."""
-        return self.lies if bool(self.lies.all()) else ~self.lies
+        """Places of the rows that an omniscient attack goes by, int64 ``[H]``."""
+        seen = (self.lies if bool(self.lies.all()) else ~self.lies).nonzero()[:, 0]
+        return seen[self.forging.clients[seen].argsort(stable=True)]
 
     @cached_property
     def honest(self) -> Tensor:
-        """The rows of the honest, ``[H, P]``; the liars' own where nobody is honest."""
+        """The rows of the honest, ``[H, P]``, in the order of their numbers; the liars' own where nobody is honest."""
         return self.values[self._witnesses]
 
     @property

@@ -64,6 +64,7 @@ class mimic(Attack):
     Karimireddy, He, Jaggi: "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022, arXiv 2006.09365. They
     choose the victim once, after the first rounds, along the direction in which updates vary most; without ``victim`` ours is
     chosen in every cohort: the update farthest from mu, because its repetition moves the mean most.
+    Of several equally far, it is the one with the lowest number.
     """
 
     victim: NonNegativeInt | None = None

@@ -24,8 +24,8 @@ def owned(samples: Samples, clients: Tensor) -> Tensor:
 def changed(samples: Samples, places: Tensor, y: Tensor, x: Tensor | None = None) -> Samples:
     """``samples`` with other ``y`` ``[M]`` and, where given, ``x`` ``[M, ...]`` at ``places`` in client order, int64 ``[M]``.
 
-    Labels are copied, and ``x`` if it changes; all other places keep their bits. If one of the rows stands at a second place as well,
-    the changed ones become new rows at the end, which copies both.
+    Labels are copied, and ``x`` if it changes; all other places keep their bits. If one of the rows stands at a second place as
+    well, the changed ones become new rows at the end, which copies both.
     """
     if not len(places):
         return samples
@@ -140,9 +140,10 @@ class backdoor(Attack):
         height, width = (side, side) if flat else x.shape[-2:]
         if self.size > min(height, width):
             raise ConfigError(f"backdoor.size: {self.size} is not allowed: the pictures are {height}x{width}")
-        pictures = x.reshape(len(x), -1, height, width).clone()
+        marked = x.clone()
+        pictures = marked.view(len(x), height, width) if flat else marked
         pictures[..., -self.size :, -self.size :] = data.max()
-        return pictures.view(x.shape)
+        return marked
 
     def probe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         other = y != self.target
