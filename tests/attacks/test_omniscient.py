@@ -88,8 +88,8 @@ def test_ipm_reverses_the_mean_of_all_above_honest_by_liars() -> None:
 
 def test_mimic_copies_the_client_it_is_told_to() -> None:
     values, ids = rows(6, 8), torch.tensor([30, 11, 12, 19, 14, 15])
-    sent = forged(mimic(12), values, SOME, ids)
-    assert torch.equal(sent[SOME], values[2].expand(2, 8))
+    sent = forged(mimic(19), values, SOME, ids)
+    assert torch.equal(sent[SOME], values[3].expand(2, 8))
 
 
 @pytest.mark.parametrize("victim", [None, 99, 4], ids=["nobody", "one who is not there", "a liar"])

@@ -129,7 +129,7 @@ class backdoor(Attack):
         return (samples.offsets[ids][:, None] + order)[column < (counts * self.rate + 0.5).long()[:, None]]
 
     def marked(self, x: Tensor, data: Tensor) -> Tensor:
-        """A copy of the pictures ``x`` with the square, in the largest value of ``data``; raises ``ConfigError`` as ``poison``."""
+        """Puts the square into the pictures ``x``, in the largest value of ``data``; raises ``ConfigError`` as ``poison``."""
         side = math.isqrt(x.shape[-1])
         flat = x.dim() == 2 and side * side == x.shape[-1]
         if not (x.is_floating_point() and (flat or x.dim() == 4)):
@@ -140,10 +140,9 @@ class backdoor(Attack):
         height, width = (side, side) if flat else x.shape[-2:]
         if self.size > min(height, width):
             raise ConfigError(f"backdoor.size: {self.size} is not allowed: the pictures are {height}x{width}")
-        marked = x.clone()
-        pictures = marked.view(len(x), height, width) if flat else marked
+        pictures = x.view(len(x), height, width) if flat else x
         pictures[..., -self.size :, -self.size :] = data.max()
-        return marked
+        return x
 
     def probe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         other = y != self.target
