@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "methods": BELOW,
     "schedules": BELOW | {"methods.base"},
     "federation": {"core", "data", "fleet"},
-    "engines": BELOW | {"federation", "methods.base", "schedules.network"},
+    "engines": BELOW | {"federation", "methods.base", "schedules.network", "schedules.peers"},
     "track": {"core", "data"},
     "config": BELOW | {"federation", "methods", "schedules", "engines"},
     "catalogue": BELOW | {"methods", "schedules", "engines"},

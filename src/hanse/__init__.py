@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hanse import aggregators as aggregators
+    from hanse import attacks as attacks
     from hanse import codecs as codecs
     from hanse import data as data
     from hanse import engines as engines
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hanse import methods as methods
     from hanse import privacy as privacy
     from hanse import schedules as schedules
+    from hanse import topologies as topologies
     from hanse.core.errors import CheckpointError as CheckpointError
     from hanse.core.errors import CodecError as CodecError
     from hanse.core.errors import ConfigError as ConfigError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from hanse.core.errors import DivergedError as DivergedError
     from hanse.core.errors import HanseError as HanseError
     from hanse.core.errors import PrivacyError as PrivacyError
+    from hanse.core.errors import StalledError as StalledError
     from hanse.data import tasks as tasks
     from hanse.data.partition import dirichlet as dirichlet
     from hanse.data.partition import feature_shift as feature_shift
@@ -46,9 +49,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("aggregators", "codecs", "data", "engines", "fleet", "methods", "privacy", "schedules"), ""),
     **dict.fromkeys(
-        ("CheckpointError", "CodecError", "ConfigError", "DataError", "DivergedError", "HanseError", "PrivacyError"), "core.errors"
+        ("aggregators", "attacks", "codecs", "data", "engines", "fleet", "methods", "privacy", "schedules", "topologies"), ""
+    ),
+    **dict.fromkeys(
+        (
+            "CheckpointError",
+            "CodecError",
+            "ConfigError",
+            "DataError",
+            "DivergedError",
+            "HanseError",
+            "PrivacyError",
+            "StalledError",
+        ),
+        "core.errors",
     ),
     "tasks": "data",
     "figures": "track",

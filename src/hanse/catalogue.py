@@ -8,6 +8,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from hanse import aggregators, attacks, codecs, data, engines, fleet, methods, privacy, schedules
+from hanse.aggregators.merging import Merge
 from hanse.core.optim import Optimizer, Rate
 from hanse.core.part import Part
 
@@ -16,6 +17,7 @@ KINDS: dict[str, type[Part]] = {
     "schedules": schedules.Schedule,
     "codecs": codecs.Codec,
     "aggregators": aggregators.Aggregator,
+    "merges": Merge,
     "attacks": attacks.Attack,
     "privacy": privacy.Privacy,
     "tasks": data.Task,

@@ -27,6 +27,7 @@ from pydantic import (
 from hanse.core.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
+    from hanse.attacks import Attack
     from hanse.codecs import Codec
     from hanse.engines.local import local
     from hanse.federation import Federation
@@ -84,6 +85,8 @@ class Settings(BaseModel):
     """How much travels to the clients, e.g. cast."""
     privacy: Annotated[tuple[str, ...], BeforeValidator(_calls)] = ()
     """What keeps clients private, e.g. 'differential(clip=0.5, noise=1.0)', 'secure(threshold=0.7)', or both."""
+    attack: str | None = None
+    """What some of the clients do to the others, e.g. sign_flip(share=0.2)."""
     engine: str = "local"
     """Where it runs, e.g. local(path="loop", workers=2)."""
     rounds: PositiveInt = 100
@@ -166,6 +169,7 @@ class Settings(BaseModel):
 
     def parts(self) -> Parts:
         """What the settings name; raises ``ConfigError`` on the first that is wrong."""
+        from hanse.attacks import Attack
         from hanse.codecs import Codec
         from hanse.engines import local
         from hanse.methods import Method
@@ -185,11 +189,14 @@ class Settings(BaseModel):
             down=Codec.parse(self.down),
             engine=local.parse(self.engine),
             privacy=[Privacy.parse(p) for p in self.privacy],
+            attack=None if self.attack is None else Attack.parse(self.attack),
         )
 
 
 class Parts(NamedTuple):
-    """The rules, schedules and codecs to be compared, the codec to the clients, the engine, and what keeps clients private."""
+    """The rules, schedules and codecs to be compared; of all runs the codec to the clients, the engine, what keeps clients private,
+    and what liars do.
+    """
 
     methods: list[Method]
     schedules: list[Schedule]
@@ -197,3 +204,4 @@ class Parts(NamedTuple):
     down: Codec
     engine: local
     privacy: list[Privacy]
+    attack: Attack | None

@@ -10,11 +10,14 @@ from typing import Protocol
 
 import torch
 
+from hanse.attacks import Attack
 from hanse.codecs.base import Codec, identity
 from hanse.config import Settings
-from hanse.core.errors import DivergedError, PrivacyError
+from hanse.core.errors import DivergedError, PrivacyError, StalledError
 from hanse.core.messages import Tensors
+from hanse.core.samples import Samples
 from hanse.engines.estimate import drive
+from hanse.engines.exchange import consensus_distance
 from hanse.engines.local import LocalNetwork, local
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Jobs
@@ -133,15 +136,23 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
     problem, split = net.problem, net.federation.split
     found: dict[str, float] = {}
     if not net.personal and len(split.test_x):
-        buffers = net.state.get("buffers", problem.start_buffers)
-        scores = problem.evaluate(net.state["x"], buffers, split.test_x, split.test_y)
+        x, buffers = net.model, net.state.get("buffers", problem.start_buffers)
+        scores = problem.evaluate(x, buffers, split.test_x, split.test_y)
         if not math.isfinite(scores["loss"]):
             raise DivergedError(f"the test loss after round {net.round} is {scores['loss']}; lower lr or set clip")
         found = {("test_loss" if n == "loss" else n): v for n, v in scores.items()}
         if split.newcomers is not None:
             new = split.newcomers
-            fresh = problem.evaluate(net.state["x"], buffers, *new.take(torch.arange(int(new.offsets[0]), int(new.offsets[-1]))))
+            fresh = problem.evaluate(x, buffers, *new.take(torch.arange(int(new.offsets[0]), int(new.offsets[-1]))))
             found |= {f"newcomer_{n}": v for n, v in fresh.items() if n != "loss"}
+        aim = None if net.adversaries is None else net.adversaries.attack.probe(split.test_x, split.test_y)
+        if aim is not None:
+            found |= {f"attack_{n}": v for n, v in problem.evaluate(x, buffers, *aim).items() if n != "loss"}
+    if net.state["x"].dim() > 1:
+        found["consensus"] = consensus_distance(net.state["x"])
+        for name, values in per_node(net).items():
+            found |= {f"node_{name}": float(values.mean()), f"node_{name}_worst10": worst_share(values)}
+            found[f"node_{name}_variance"] = float(values.var(correction=0))
     for name, values in per_client(net).items():
         there = values[~torch.isnan(values)]
         if name in problem.metrics and len(there):
@@ -151,6 +162,24 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
     return found
 
 
+def per_node(net: LocalNetwork) -> Tensors:
+    """Metrics of every honest node's own model on the global test set."""
+    problem, split = net.problem, net.federation.split
+    honest = slice(None) if net.adversaries is None else ~net.adversaries.liars
+    w, size = own_models(net)[honest], len(split.test_x)
+    if not size:
+        return {}
+    buffers = net.kept.read(torch.arange(net.clients))["buffers"][honest] if "buffers" in net.kept.widths else problem.start_buffers
+    everywhere = Samples(split.test_x, split.test_y, torch.arange(len(w) + 1) * size, torch.arange(size).repeat(len(w)))
+    return {name: v for name, v in problem.evaluate_clients(w, buffers, everywhere).items() if name in problem.metrics}
+
+
+def own_models(net: LocalNetwork) -> Tensor:
+    """The whole model of every client, ``[N, P]``: the shared part, which among peers is each one's own, and its private one."""
+    w = net.state["x"].expand(net.clients, -1)
+    return torch.cat([w, net.kept.read(torch.arange(net.clients))["private"]], 1) if "private" in net.kept.widths else w
+
+
 def per_client(net: LocalNetwork) -> Tensors:
     """Loss and metrics of every client's own model on its own test part, ``[clients]`` each; empty without test parts."""
     problem, test = net.problem, net.federation.split.test
@@ -158,8 +187,7 @@ def per_client(net: LocalNetwork) -> Tensors:
         return {}
     w, buffers = net.state["x"], net.state.get("buffers", problem.start_buffers)
     if net.personal:
-        kept, w = net.kept.read(torch.arange(net.clients)), w.expand(net.clients, -1)
-        w = torch.cat([w, kept["private"]], 1) if "private" in kept else w
+        kept, w = net.kept.read(torch.arange(net.clients)), own_models(net)
         buffers = kept.get("buffers", buffers)
         if "buffers" not in kept and buffers.dim() > 1 and net.samples.domains is not None:
             buffers = buffers[net.samples.domains]
@@ -167,9 +195,12 @@ def per_client(net: LocalNetwork) -> Tensors:
 
 
 def weights(net: LocalNetwork) -> Tensors:
-    """The global model as named tensors: parameters (private ones at their start), and averaged buffers (a row a domain)."""
+    """The global model as named tensors: parameters (private ones at their start), and averaged buffers (a row a domain).
+
+    Among peers it is the mean of their models.
+    """
     problem = net.problem
-    named = problem.layout.views(torch.cat([net.state["x"], problem.start[problem.shared :]]))
+    named = problem.layout.views(torch.cat([net.model, problem.start[problem.shared :]]))
     if "buffers" in net.state:
         named |= problem.buffer_layout.views(net.state["buffers"])
     return {n: t.clone() for n, t in named.items()}
@@ -185,6 +216,7 @@ def run(
     codec: Codec | None = None,
     down: Codec | None = None,
     privacy: Sequence[Privacy] = (),
+    attack: Attack | None = None,
     engine: local | None = None,
     seed: int | None = None,
     evaluate: int = 1,
@@ -197,7 +229,8 @@ def run(
     """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
 
     ``evaluate``: every how many rounds (0: only after the last), or ``evaluate_seconds``: after how many virtual seconds. ``seed``
-    (default the federation's) draws cohorts and batches. ``privacy``: what keeps clients private, at most one of a kind. ``out``: a
+    (default the federation's) draws cohorts and batches. ``privacy``: what keeps clients private, at most one of a kind.
+    ``attack``: what some of the clients do to the others. ``out``: a
     run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``on_start`` gets the network before the first
     round; setting its ``stopping`` ends the run after a round, in a state from which it can be resumed. Raises
     ``DivergedError`` when the training loss is not finite and ``PrivacyError`` when too few clients are left to hide each other,
@@ -212,6 +245,8 @@ def run(
     settings |= {name: str(value) for name, value in numbers.items() if value is not None}
     if privacy:
         settings["privacy"] = ", ".join(part.full() for part in privacy)
+    if attack is not None:
+        settings["attack"] = attack.full()
     if seed != federation.seed:
         settings["split_seed"] = str(federation.seed)
     Settings.read(None, settings)  # the same checks as for a file or the command line
@@ -232,10 +267,11 @@ def run(
         rounds=rounds,
         seconds=end,
         privacy=privacy,
+        attack=attack,
         schedule=schedule,
         on_commit=recorder,
     )
-    recorder.start(net, resume)
+    recorder.start(net, resume and not schedule.replayed)
     on_start(net)
     _play(net, schedule, method, recorder)
     result.weights, result.state, result.clients = weights(net), net.snapshot(), _clients(net, result)
@@ -252,7 +288,7 @@ def _play(net: LocalNetwork, schedule: Schedule, method: Method, recorder: Recor
         drive(schedule.run(net, method))
         if recorder.folder is not None and net.round > recorder.saved_round:  # stopped after the round's own chance to save
             recorder.save(net)
-    except (DivergedError, PrivacyError):
+    except (DivergedError, PrivacyError, StalledError):
         recorded = 0 < net.round == len(recorder.result.history)  # else the model of this round is what went wrong
         if recorder.folder is not None and recorded and net.take_back() and bool(torch.isfinite(net.state["x"]).all()):
             recorder.save(net)
@@ -273,6 +309,10 @@ def _clients(net: LocalNetwork, result: Run) -> Tensors:
     if listed and not federation.fleet.trace.counts_rounds:
         asked = torch.tensor([*listed][:CLIENTS_LISTED])
         found["away"] = federation.fleet.trace.away(federation.population, asked, net.now)
+    if net.traffic is not None:
+        found |= {"sent": net.traffic[:, 0].clone(), "received": net.traffic[:, 1].clone()}
+    if net.adversaries is not None:
+        found["liars"] = net.adversaries.liars
     own = per_client(net)
     if own and net.problem.metrics:
         found["accuracy"] = own[next(iter(net.problem.metrics))]
@@ -287,7 +327,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
     """
     path = Path(folder)
     settings = Settings.read(None, Folder(path).read().settings)
-    (method,), (schedule,), (codec,), down, engine, privacy = settings.parts()
+    (method,), (schedule,), (codec,), down, engine, privacy, attack = settings.parts()
     return run(
         federation or settings.federation(settings.seed[0]),
         method,
@@ -297,6 +337,7 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
         codec=codec,
         down=down,
         privacy=privacy,
+        attack=attack,
         engine=engine,
         seed=settings.seed[0],
         evaluate=settings.evaluate,

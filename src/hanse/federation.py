@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from hanse.core.errors import ConfigError
 from hanse.core.problem import Problem
@@ -75,14 +76,20 @@ class Federation:
         """The clients as the fleet sees them."""
         return Population(self.streams, self.clients, self.split.groups)
 
+    def _model(self, node: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):  # modules draw their weights from torch's global generator
+            torch.manual_seed(self.streams.torch("weights", node).initial_seed())
+            return self.task.model()
+
+    def start(self, client: int) -> Tensor:
+        """Initial shared weights ``[P]`` as if ``client`` had drawn them for itself; those of client 0 are the problem's."""
+        return self.problem.shared_layout.flatten(dict(self._model(client).named_parameters())).to(self.problem.start)
+
     @cached_property
     def problem(self) -> Problem:
         """Model, loss and metrics, with initial weights drawn from the seed."""
-        with torch.random.fork_rng(devices=[]):  # modules draw their weights from torch's global generator
-            torch.manual_seed(self.streams.torch("weights").initial_seed())
-            model = self.task.model()
         return Problem(
-            model,
+            self._model(0),
             self.task.loss,
             self.task.metrics,
             private=self.private,

@@ -64,7 +64,7 @@ class Study:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.methods, self.schedules, self.codecs, self.down, self.engine, self.privacy = settings.parts()
+        self.methods, self.schedules, self.codecs, self.down, self.engine, self.privacy, self.attack = settings.parts()
         self.console = Console(stderr=True)
         self.stopped, self.single, self.net = False, False, None
         self.federations: dict[int, Federation] = {}
@@ -144,6 +144,7 @@ class Study:
             rounds=rounds,
             seconds=end,
             privacy=self.privacy,
+            attack=self.attack,
             schedule=schedule,
         )
         found = estimate(net, schedule)
@@ -207,6 +208,7 @@ class Study:
             codec=cell.codec,
             down=self.down,
             privacy=self.privacy,
+            attack=self.attack,
             engine=self.engine,
             seed=cell.seed,
             evaluate=self.settings.evaluate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,12 +41,14 @@ class Sparse(Select):
 
 
 class topk(Sparse):
-    """Keep the ``fraction`` of entries of largest magnitude, rounded down but at least one; of equal ones those that come first."""
+    """Keep the ``fraction`` of entries of largest magnitude; of equal ones those that come first."""
 
     fraction: Fraction = 0.1
     """Share of entries kept, unless the server allots each client its own."""
     only: dict[str, Fraction] = Field(default={})
     """After ``layers``: other shares, for all clients, of those whose names match a pattern, as in {'head.*': 1}."""
+    rounding: Literal["down", "up"] = "down"
+    """down: but at least one entry is sent; up: none where the share is 0."""
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -55,15 +57,18 @@ class topk(Sparse):
     def forward(self, load: Load, sending: Sending) -> Load:
         own = next((f for pattern, f in self.only.items() if fnmatchcase(load.name, pattern)), None)
         if sending.share is None or own is not None or not load.size:
-            count = _count(torch.tensor(own or self.fraction, dtype=torch.float64), load.size)
+            count = self._count(torch.tensor(own or self.fraction, dtype=torch.float64), load.size)
             return replace(load, places=(at := largest(load.values, int(count))), values=load.values.gather(1, at))
-        counts = _count(sending.share, load.size)
+        counts = self._count(sending.share, load.size)
         most = largest(load.values, int(counts.max()))
         rank = load.values.gather(1, most).abs().argsort(dim=1, descending=True, stable=True)
         surplus = torch.arange(most.shape[1]) >= counts[:, None]
         places = most.gather(1, rank).masked_fill(surplus.to(most.device), load.size).sort(1).values
         values = torch.where(places < load.size, load.values.gather(1, places.clamp(max=load.size - 1)), 0)
         return replace(load, places=places, values=values, counts=counts)
+
+    def _count(self, share: Tensor, size: int) -> Tensor:
+        return _count(share, size) if self.rounding == "down" else (share * size - 1e-9).ceil().long().clamp(0, size)
 
 
 class bcrs(topk):

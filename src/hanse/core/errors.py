@@ -39,6 +39,10 @@ class DivergedError(HanseError):
     """Training produced NaN or infinity."""
 
 
+class StalledError(HanseError):
+    """Nothing can happen any more in a run that is not over: everybody waits for somebody else."""
+
+
 class MissingExtraError(HanseError):
     """An optional dependency is not installed."""
 

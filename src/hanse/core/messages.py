@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -72,7 +72,9 @@ class Reply:
     ``[C, ...]`` are seen one by one. ``versions`` int64 ``[C]`` is the round of the model each started from, and
     ``starts[version]`` what was sent then. ``loss`` ``[C]`` is each client's mean training loss, ``population`` the number N of
     registered clients and ``everyone`` the sum of their weights. ``problem`` is for servers that compute gradients themselves.
-    ``noised``: the sums have been made differentially private; ``total`` is the expected number of clients.
+    ``noised``: the sums have been made differentially private; ``total`` is the expected number of clients. Where a rule averages
+    by something more robust than the mean, ``each[name]`` ``[C, P]`` are the single contributions and ``aggregate`` takes them and
+    the weights ``[C]`` to one ``[P]``; among peers, who have no server, it leaves everyone its own.
     """
 
     clients: Tensor
@@ -90,6 +92,8 @@ class Reply:
     everyone: float = math.nan
     problem: Problem | None = None
     noised: bool = False
+    each: Tensors = field(default_factory=dict)
+    aggregate: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -106,7 +110,12 @@ class Reply:
         return weight / (self.weight.sum() if self.total is None else self.total)
 
     def mean(self, name: str) -> Tensor:
-        """``sum_i scale_i weight_i v_i / total``, over those who sent ``name``; zeros if nobody did."""
+        """``sum_i scale_i weight_i v_i / total``, over those who sent ``name``; zeros if nobody did.
+
+        With an ``aggregate``, that of ``scale_i v_i``, times ``sum_i weight_i / total``.
+        """
+        if self.aggregate is not None:
+            return self._robust_mean(name, self.aggregate)
         total = self.weight.sum() if self.total is None else torch.as_tensor(self.total, dtype=self.weight.dtype)
         if name in self.senders:
             sent = self.weight[self.senders[name]].sum()
@@ -114,3 +123,14 @@ class Reply:
                 return torch.zeros_like(self.sums[name])
             total = total * (sent / self.weight.sum())
         return (self.sums if self.scaled is None else self.scaled)[name] / total
+
+    def _robust_mean(self, name: str, aggregate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        values, weight = self.each[name], self.weight
+        if self.scale is not None:
+            values = values * self.scale[:, None].to(values)
+        if name in self.senders:
+            values, weight = values[self.senders[name]], weight[self.senders[name]]
+            if not len(values):
+                return values.new_zeros(values.shape[1:])
+        found = aggregate(values, weight)
+        return found if self.total is None else found * (float(self.weight.sum()) / self.total)

@@ -67,9 +67,9 @@ class Part(_Model):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """A class's own fields come before inherited ones, so that ``dirichlet(0.3)`` sets its alpha."""
-        fields = cls.model_fields
-        for name in [n for n in fields if n not in inspect.get_annotations(cls)]:
+        """A class's own fields come before those of its nearest base, and so on, so that ``dirichlet(0.3)`` sets its alpha."""
+        own, fields = [inspect.get_annotations(c) for c in cls.__mro__], cls.model_fields
+        for name in sorted(fields, key=lambda n: next(i for i, names in enumerate(own) if n in names)):
             fields[name] = fields.pop(name)
 
     @model_validator(mode="wrap")

@@ -58,6 +58,8 @@ class Problem:
         order = [n for n in trained if n not in own] + [n for n in trained if n in own]
         self.layout = Layout({n: trained[n].shape for n in order})
         self.shared = sum(trained[n].numel() for n in order if n not in own)
+        self.shared_layout = Layout({n: trained[n].shape for n in order if n not in own})
+        """The part of the layout that is shared."""
         norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
         if any(m.track_running_stats and m.momentum is None for m in norms.values()):
             raise ConfigError("batch norm: momentum=None is not allowed: an average over all batches depends on their order")

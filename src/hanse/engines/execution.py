@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from hanse.core.problem import Problem
 from hanse.core.samples import Samples
 from hanse.core.state import ClientState
 from hanse.core.streams import Streams
+from hanse.engines.adversaries import Adversaries
 from hanse.engines.base import Arrangement
 from hanse.engines.mechanisms import Mechanisms
 from hanse.methods.base import Method
+
+S, T = TypeVar("S"), TypeVar("T")
 
 AS_IS = {"buffers", "domain"}
 """What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""
@@ -29,7 +33,8 @@ AS_IS = {"buffers", "domain"}
 
 @dataclass(frozen=True)
 class Orders:
-    """What some clients are to do, each tensor int64 ``[C]``: all of the rule's ``work``, from ``messages[which]``.
+    """What some clients are to do, each tensor int64 ``[C]``: all of the rule's ``work``, from ``messages[which]``, or where
+    every client works on a model of its ``own`` and sends nothing, from row ``which`` of the only message.
 
     ``tickets`` are the numbers of the jobs, ``rounds`` names each client's work (all its chance is drawn for it), ``versions`` is
     the round of its message, ``steps`` its number of local steps. ``share`` float64 ``[C]`` is what part of its entries each may
@@ -45,6 +50,7 @@ class Orders:
     steps: Tensor
     which: Tensor
     share: Tensor | None = None
+    own: bool = False
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -55,7 +61,7 @@ class Orders:
             t[which] for t in (self.tickets, self.clients, self.rounds, self.versions, self.steps, self.which)
         )
         share = None if self.share is None else self.share[which]
-        return Orders(self.work, self.messages, tickets, clients, rounds, versions, steps, place, share)
+        return Orders(self.work, self.messages, tickets, clients, rounds, versions, steps, place, share, self.own)
 
 
 @dataclass
@@ -79,6 +85,15 @@ class Lane:
     batches: list[Batch] = field(default_factory=list)
 
 
+@dataclass
+class Trained:
+    """What some clients have computed and not sent yet, and what they want to keep, ``[C, ...]``."""
+
+    orders: Orders
+    upload: Upload
+    state: Tensors
+
+
 class Executor:
     """Runs the client side of ``method``; nothing is remembered, so any work may be repeated."""
 
@@ -93,11 +108,13 @@ class Executor:
         paths: dict[str, GradientPath],
         shortcuts: bool,
         privacy: Mechanisms | None = None,
+        adversaries: Adversaries | None = None,
     ) -> None:
         self.problem, self.samples, self.method, self.codec, self.streams = problem, samples, method, codec, streams
-        self.kept, self.paths, self.shortcuts, self.privacy = kept, paths, shortcuts and privacy is None, privacy
+        self.kept, self.paths, self.privacy, self.adversaries = kept, paths, privacy, adversaries
+        self.shortcuts = shortcuts and codec.plain and privacy is None and adversaries is None
         self.plan = method.plan()
-        self.layout = Layout({e.name: e.shape for e in problem.layout.entries if e.start < problem.shared})
+        self.layout = problem.shared_layout
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
@@ -112,48 +129,74 @@ class Executor:
         whole = len(orders) <= how.chunk
         batches = [orders] if whole else [orders.take(slice(i, i + how.chunk)) for i in range(0, len(orders), how.chunk)]
         workers = min(how.workers, len(batches))
-        if workers == 1:
-            return [self._lane(batches, how, total)]
+        shares = [batches[i::workers] for i in range(workers)]
+        if self.adversaries is None or orders.own:
+            return self._each(lambda share: self._lane(share, how, total), shares, how)
+        trained = self._each(lambda share: [self._train(orders, how, None) for orders in share], shares, how)
+        work = [one for share in trained for one in share]
+        self.adversaries.forge([one.upload for one in work], [one.orders.rounds for one in work], self.layout_of)
+        return self._each(lambda share: self._sent(share, total), trained, how)
+
+    def _each(self, work: Callable[[S], T], shares: list[S], how: Arrangement) -> list[T]:
+        """``work`` on the share of every worker, all at a time."""
+        if len(shares) == 1:
+            return [work(shares[0])]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
-        shares = [batches[i::workers] for i in range(workers)]
-        return list(self._pool.map(lambda share: self._lane(share, how, total), shares))
+        return list(self._pool.map(work, shares))
 
     def _lane(self, batches: list[Orders], how: Arrangement, total: bool) -> Lane:
-        """One worker's batches of clients: train, encode, and add up what only sums are needed of."""
-        lane, train = Lane(), getattr(self.method, batches[0].work)
+        """One worker's batches of clients: train and send, one batch after the other."""
+        lane = Lane()
         for orders in batches:
-            message, mixed = _message(orders)
-            ctx = Context(
-                problem=self.problem,
-                path=self.paths[how.path],
-                samples=self.samples,
-                streams=self.streams,
-                ids=orders.clients,
-                rounds=orders.rounds,
-                steps=orders.steps,
-                message=message,
-                mixed=mixed,
-                state=self.kept.read(orders.clients) if self.kept.widths else {},
-                plan=self.plan,
-                lr=self._rate(orders.versions),
-                local=self.method.local,
-                clip=self.method.clip,
-                totals=lane.sums if total and self.codec.plain and self.shortcuts else None,
-            )
-            upload: Upload = train(ctx)
-            sizes = encode(upload, self.codec, ctx.state, partial(self._sending, orders, ctx.state))
-            if self.privacy is not None:
-                sizes = self.privacy.protect(upload, sizes)
-            if total:
-                for name, values in upload.sums.items():
-                    if values.dim() > 1:
-                        add(lane.sums, name, upload.weight, values)
-                upload.sums = {}  # rows of a finished batch need not stay in memory
-            lane.batches.append(
-                Batch(orders.tickets, orders.versions, upload, sizes, ctx.state, torch.zeros(len(orders), dtype=torch.bool))
-            )
+            self._send(self._train(orders, how, lane.sums if total and self.shortcuts else None), lane, total)
         return lane
+
+    def _sent(self, batches: list[Trained], total: bool) -> Lane:
+        """One worker's batches that have been trained, sent."""
+        lane = Lane()
+        for trained in batches:
+            self._send(trained, lane, total)
+        return lane
+
+    def _train(self, orders: Orders, how: Arrangement, totals: Tensors | None) -> Trained:
+        message, mixed = _message(orders)
+        ctx = Context(
+            problem=self.problem,
+            path=self.paths[how.path],
+            samples=self.samples,
+            streams=self.streams,
+            ids=orders.clients,
+            rounds=orders.rounds,
+            steps=orders.steps,
+            message=message,
+            mixed=mixed,
+            state=self.kept.read(orders.clients) if self.kept.widths else {},
+            plan=self.plan,
+            lr=self._rate(orders.versions),
+            local=self.method.local,
+            clip=self.method.clip,
+            totals=totals,
+        )
+        upload: Upload = getattr(self.method, orders.work)(ctx)
+        return Trained(orders, upload, ctx.state)
+
+    def _send(self, trained: Trained, lane: Lane, total: bool) -> None:
+        """Encode, and add up what only sums are needed of."""
+        orders, upload, state = trained.orders, trained.upload, trained.state
+        none = torch.zeros(len(orders), dtype=torch.int64)
+        sizes = none if orders.own else encode(upload, self.codec, state, partial(self._sending, orders, state))
+        if self.privacy is not None:
+            sizes = self.privacy.protect(upload, sizes)
+        if total:
+            for name, values in upload.sums.items():
+                if values.dim() > 1:
+                    add(lane.sums, name, upload.weight, values)
+            if not self.method.robust:
+                upload.sums = {}  # rows of a finished batch need not stay in memory
+        lane.batches.append(
+            Batch(orders.tickets, orders.versions, upload, sizes, state, torch.zeros(len(orders), dtype=torch.bool))
+        )
 
     def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""
@@ -180,6 +223,8 @@ class Executor:
 
 def _message(orders: Orders) -> tuple[Tensors, bool]:
     """What the clients received: one message for all, or a row a client where they differ."""
+    if orders.own:
+        return {name: rows[orders.which] for name, rows in orders.messages[0].items()}, True
     which = orders.which.tolist()
     if len(set(which)) == 1:
         return orders.messages[which[0]], False

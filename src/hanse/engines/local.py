@@ -6,35 +6,41 @@ import ctypes
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from hanse.attacks import Attack
 from hanse.codecs.base import Codec, Links, Sending, identity
 from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import paths
 from hanse.core.messages import Reply, Tensors, wire_size
 from hanse.core.state import ClientState
+from hanse.engines.adversaries import Adversaries
 from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
+from hanse.engines.exchange import Exchanges
 from hanse.engines.execution import AS_IS, Executor, Lane, Orders, joined
 from hanse.engines.mechanisms import Mechanisms
 from hanse.engines.pending import Collected, Pending
+from hanse.engines.programs import Programs
 from hanse.federation import Federation
-from hanse.fleet.clock import NEVER, Clock, Events, Jobs, among
+from hanse.fleet.clock import NEVER, Clock, Events, Jobs, among, nanoseconds
 from hanse.fleet.profiles import Work
 from hanse.methods.base import Method, State
 from hanse.privacy import Privacy
 from hanse.schedules.network import Schedule
+from hanse.schedules.peers import Node
+from hanse.topologies import Mixing
 
 
 class local(Engine):
@@ -95,6 +101,20 @@ def weights_of(lanes: list[Lane]) -> tuple[np.ndarray, Tensor]:
     return torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches])
 
 
+def _vectors(message: Tensors) -> Tensors:
+    """What of a message a codec writes."""
+    return {n: t for n, t in message.items() if n not in AS_IS and t.dim() == 1}
+
+
+def ruled(rules: Codec | None, given: Codec, field: str, method: Method) -> Codec:
+    """The codec of a rule that says how its messages are written, or the one that is ``given``; raises ``ConfigError`` at both."""
+    if rules is None or given == rules:
+        return given
+    if not given.plain:
+        raise ConfigError(f"{field}: {given} is not allowed with {method}: its messages are written by {rules}")
+    return rules
+
+
 @cache
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next round.
@@ -114,7 +134,8 @@ class LocalNetwork:
     """The network of one run: it executes work in batches and keeps virtual time, traffic and what clients remember.
 
     ``on_commit(network)`` is called after every round; setting ``stopping`` ends the run after the current one. ``seconds``: end
-    it when virtual time is that far. ``schedule`` is who will use it, which ``privacy`` depends on.
+    it when virtual time is that far. ``attack``: what some of the clients do to the others. ``schedule`` is who will use it, which
+    ``privacy`` depends on.
     """
 
     def __init__(
@@ -129,13 +150,15 @@ class LocalNetwork:
         rounds: int,
         seconds: float = math.inf,
         privacy: Sequence[Privacy] = (),
+        attack: Attack | None = None,
         schedule: Schedule | None = None,
         on_commit: Callable[[LocalNetwork], None] = lambda net: None,
     ) -> None:
         keep_freed_memory()
-        self.federation, self.method, self.engine, self.codec, self.down = federation, method, engine, codec, down or identity()
-        if self.down.keeps or self.down.sparse:
+        if down is not None and down != method.down and (down.keeps or down.sparse):
             raise ConfigError(f"down: {down} is not allowed: it carries the model itself, so every number has to be sent")
+        self.federation, self.method, self.engine = federation, method, engine
+        self.codec, self.down = ruled(method.codec, codec, "codec", method), ruled(method.down, down or identity(), "down", method)
         self.problem, self.samples, self.clients = federation.problem, federation.split.train, federation.clients
         self.streams = federation.streams if seed == federation.seed else type(federation.streams)(seed)
         loose = unkeyed(self.problem.model) if method.batched else []
@@ -154,12 +177,26 @@ class LocalNetwork:
             raise ConfigError(f"local.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
         self.kept = self._client_state()
         self.clock = Clock(federation.fleet, federation.population, self.streams)
-        self.privacy = Mechanisms(privacy, schedule or Schedule(), method, codec, federation, self.streams) if privacy else None
+        self.privacy = (
+            Mechanisms(privacy, schedule or Schedule(), method, self.codec, federation, self.streams) if privacy else None
+        )
+        self.adversaries = None if attack is None else Adversaries(attack, self.clients, self.streams)
+        if self.adversaries is not None:
+            self.samples = self.adversaries.attack.poison(self.samples, self.adversaries.liars, self.streams)
         self.executor = Executor(
-            self.problem, self.samples, method, codec, self.streams, self.kept, self.paths, engine.shortcuts, self.privacy
+            self.problem,
+            self.samples,
+            method,
+            self.codec,
+            self.streams,
+            self.kept,
+            self.paths,
+            engine.shortcuts,
+            self.privacy,
+            self.adversaries,
         )
         self.pending = Pending()
-        self.work = 0.0 if self.clock.timeless else self.problem.sample_flops(self.samples.x[:1]) * method.gradients
+        self.flops = 0.0 if self.clock.timeless else self.problem.sample_flops(self.samples.x[:1]) * method.gradients
         self.footprint = self._footprint()
         self.state: State = {}
         self.notes: Tensors = {}
@@ -195,6 +232,14 @@ class LocalNetwork:
         """Whether clients' models differ in private parameters or statistics."""
         shared = self.problem.shared_buffers
         return "private" in self.kept.widths or "buffers" in self.kept.widths or shared.dim() > 1
+
+    @property
+    def model(self) -> Tensor:
+        """The global model ``[P]``: among peers the mean of all honest ones."""
+        x = self.state["x"]
+        if x.dim() == 1:
+            return x
+        return x.mean(0) if self.adversaries is None else x[~self.adversaries.liars].mean(0)
 
     # ---- what a schedule sees
 
@@ -249,25 +294,43 @@ class LocalNetwork:
     def there(self, clients: Tensor) -> Tensor:
         return self.federation.fleet.trace.online(self.federation.population, clients, self.now, self.round)
 
+    @property
+    def counts(self) -> Tensor:
+        return self.samples.counts()
+
     @cached_property
     def total_weight(self) -> float:
         return float(self.method.weight(self.samples.counts().to(self.problem.dtype)).sum())
 
-    def send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None = None, patience: float = math.inf) -> None:
-        self._send(clients, work, message, steps, patience)
+    def send(
+        self,
+        clients: Tensor,
+        work: str,
+        message: Tensors,
+        steps: Tensor | None = None,
+        patience: float = math.inf,
+        parts: Tensor | None = None,
+    ) -> None:
+        self._send(clients, work, message, steps, patience, parts)
 
-    def _send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float) -> Jobs:
-        counts, who = self.samples.counts(clients), clients.numpy()
-        lengths = self.plan.lengths(counts) if steps is None else steps
-        flops = self.work * self.plan.seen(counts, lengths) if self.work else lengths.new_zeros(1)
-        task = Work(lengths, flops, self.footprint)
+    def _send(
+        self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float, parts: Tensor | None
+    ) -> Jobs:
+        task, who = self._task(clients, steps), clients.numpy()
         if len(self.arrived) and (self.kept.widths or self.codec.keeps):
             self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
-        message, size = self._down(message)
-        number, share = self.pending.post(work, message), self.shares(clients)
-        size += self._agree(clients) + (0 if share is None else SHARE_BYTES)
-        return self.clock.send(clients, self.round, self._keys(who), number, size, task, patience, share)
+        messages, sizes = self._down(message, clients, parts)
+        share = self.shares(clients)
+        sizes += self._agree(clients) + (0 if share is None else SHARE_BYTES)
+        numbers = np.array([self.pending.post(work, message) for message in messages])
+        return self.clock.send(clients, self.round, self._keys(who), numbers, sizes, task, patience, share)
+
+    def _task(self, clients: Tensor, steps: Tensor | None) -> Work:
+        """What ``clients`` have to compute in so many local steps, or as many as the rule says."""
+        counts = self.samples.counts(clients)
+        lengths = self.plan.lengths(counts) if steps is None else steps
+        return Work(lengths, self.flops * self.plan.seen(counts, lengths) if self.flops else lengths.new_zeros(1), self.footprint)
 
     def shares(self, clients: Tensor) -> Tensor | None:
         """What part of its entries each client may send, if the codec has the server decide that by the cohort's links."""
@@ -278,29 +341,39 @@ class LocalNetwork:
         """Bytes to each of ``clients`` beside its message, for what keeps them private in this exchange."""
         return 0 if self.privacy is None else self.privacy.ask(clients)
 
-    def _down(self, message: Tensors) -> tuple[Tensors, int]:
-        """What clients receive of a message, and its bytes; the same message is encoded once."""
-        if self.down.plain:
-            return message, wire_size(message)
+    def _down(self, message: Tensors, clients: Tensor, parts: Tensor | None) -> tuple[list[Tensors], Tensor]:
+        """What ``clients`` receive of a message, once if all the same, and its bytes, int64 ``[C]``; the same is encoded once."""
+        if parts is not None:
+            return self._in_parts(message, clients, parts)
         round, before, received, size = self._received
-        if round != self.round or before.keys() != message.keys() or any(before[n] is not t for n, t in message.items()):
-            vectors = {n: t for n, t in message.items() if n not in AS_IS and t.dim() == 1}
-            sent = {n: self.down.roundtrip(t[None].clone(), self._broadcast(n, t)) for n, t in vectors.items()}
+        if self.down.plain:
+            received, size = message, wire_size(message)
+        elif round != self.round or before.keys() != message.keys() or any(before[n] is not t for n, t in message.items()):
+            sent = {n: self.down.roundtrip(t[None].clone(), self._broadcast(n, t)) for n, t in _vectors(message).items()}
             received = {**message, **{n: s.values[0] for n, s in sent.items()}}
-            size = wire_size({n: t for n, t in message.items() if n not in vectors}, {n: int(s.sizes) for n, s in sent.items()})
+            size = wire_size({n: t for n, t in message.items() if n not in sent}, {n: int(s.sizes) for n, s in sent.items()})
             self._received = self.round, message, received, size
-        return received, size
+        return [received], torch.full((len(clients),), size)
 
-    def _broadcast(self, name: str, vector: Tensor) -> Sending:
-        return Sending(
-            self.executor.layout_of(name, len(vector)),
-            self.streams.seeds(f"down.{name}", torch.zeros(1, dtype=torch.long), self.round),
-        )
+    def _in_parts(self, message: Tensors, clients: Tensor, parts: Tensor) -> tuple[list[Tensors], Tensor]:
+        """A message of which each client gets a part of its own."""
+        sent = {
+            n: self.down.roundtrip(t.repeat(len(clients), 1), replace(self._broadcast(n, t, clients), share=parts))
+            for n, t in _vectors(message).items()
+        }
+        rest = {n: t for n, t in message.items() if n not in sent}
+        each = [{**rest, **{n: s.values[i] for n, s in sent.items()}} for i in range(len(clients))]
+        sizes = [wire_size(rest, {n: int(s.sizes[i]) for n, s in sent.items()}) for i in range(len(clients))]
+        return each, torch.tensor(sizes, dtype=torch.int64)
 
-    def _keys(self, who: np.ndarray) -> np.ndarray:
+    def _broadcast(self, name: str, vector: Tensor, clients: Tensor | None = None) -> Sending:
+        whom = torch.zeros(1, dtype=torch.long) if clients is None else clients
+        return Sending(self.executor.layout_of(name, len(vector)), self.streams.seeds(f"down.{name}", whom, self.round))
+
+    def _keys(self, who: np.ndarray, round: int | np.ndarray | None = None) -> np.ndarray:
         """What the chance of the next job of each client is drawn for: the round, or later if it has had this version before."""
         before = self.keys[who]
-        keys: np.ndarray = np.maximum(self.round, before + 1, dtype=np.int64)
+        keys: np.ndarray = np.maximum(self.round if round is None else round, before + 1, dtype=np.int64)
         self._sent.append((who, before))
         self.keys[who] = keys
         return keys
@@ -344,11 +417,11 @@ class LocalNetwork:
         found = self.pending.take(jobs["ticket"], scale)
         return self._reply(self._starts(self.clock.take(jobs["ticket"])), found, total)
 
-    async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
+    async def ask(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None = None) -> Reply:
         if self.clock.still:  # there are no events to keep
-            lanes, starts = self._at_once(clients, work, message)
+            lanes, starts = self._at_once(clients, work, message, parts)
         else:
-            jobs = self._send(clients, work, message, None, math.inf)
+            jobs = self._send(clients, work, message, None, math.inf, parts)
             coming = jobs[jobs["arrives"] < NEVER]
             lanes = self._execute(coming, total=True) if len(coming) else []
             self.clock.weigh(*weights_of(lanes))
@@ -356,19 +429,89 @@ class LocalNetwork:
                 await self.wait(replies=len(jobs))
             starts = self._starts(self.clock.take(jobs["ticket"]))
         self._enough(side_by_side([batch.upload.clients for lane in lanes for batch in lane.batches], clients[:0]))
-        for batch in (batch for lane in lanes for batch in lane.batches if batch.kept):
-            self.kept.write(batch.upload.clients, batch.kept)
+        self._keep(lanes)
         return self._reply(starts, Collected(lanes, [], None), None)
 
-    def _at_once(self, clients: Tensor, work: str, message: Tensors) -> tuple[list[Lane], dict[int, Tensors]]:
-        message, size = self._down(message)
-        size += self._agree(clients)
-        keys, zeros = torch.from_numpy(self._keys(clients.numpy())), torch.zeros_like(clients)
-        steps = self.plan.lengths(self.samples.counts(clients))
-        orders = Orders(work, [message], clients, clients, keys, torch.full_like(clients, self.round), steps, zeros)
+    def _keep(self, lanes: list[Lane]) -> None:
+        for batch in (batch for lane in lanes for batch in lane.batches if batch.kept):
+            self.kept.write(batch.upload.clients, batch.kept)
+
+    def _at_once(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None) -> tuple[list[Lane], dict[int, Tensors]]:
+        messages, sizes = self._down(message, clients, parts)
+        sizes += self._agree(clients)
+        keys, versions = torch.from_numpy(self._keys(clients.numpy())), torch.full_like(clients, self.round)
+        which = torch.zeros_like(clients) if len(messages) == 1 else torch.arange(len(clients))
+        orders = Orders(work, messages, clients, clients, keys, versions, self.plan.lengths(self.samples.counts(clients)), which)
         lanes = self._perform(orders, total=True) if len(clients) else []
-        self.clock.exchange(len(clients), size, weights_of(lanes)[1])
-        return lanes, {self.round: message}
+        self.clock.exchange(sizes, weights_of(lanes)[1])
+        return lanes, {self.round: messages[0]} if messages else {}
+
+    # ---- among peers
+
+    @cached_property
+    def exchanges(self) -> Exchanges:
+        """What travels between peers; of a run with a server, nothing."""
+        return Exchanges(self.codec, self.problem.shared_layout, self.clock, self.streams, self.clients)
+
+    @property
+    def traffic(self) -> Tensor | None:
+        """What each node has sent and received, bytes, int64 ``[N, 2]``; None with a server, to and from whom everything goes."""
+        return self.exchanges.traffic if "exchanges" in self.__dict__ else None
+
+    def starts(self) -> Tensor:
+        return torch.stack([self.federation.start(client) for client in range(self.clients)])
+
+    async def work(self, nodes: Tensor, work: str, message: Tensors, patience: float = math.inf) -> Reply:
+        done, last = self.clock.finish(nodes, self._task(nodes, None)), min(self.clock.time + int(nanoseconds(patience)), NEVER)
+        there = torch.from_numpy(done <= min(last, NEVER - 1))
+        waited = last if last < NEVER and not bool(there.all()) else int(done[there.numpy()].max(initial=0))
+        self.clock.go_on(waited)
+        return self._locally(
+            work, nodes[there], {n: t[there] for n, t in message.items()}, torch.full((int(there.sum()),), self.round)
+        )
+
+    def _locally(self, work: str, nodes: Tensor, message: Tensors, rounds: Tensor) -> Reply:
+        """What ``nodes`` make of their rows of ``message``; their learning rates are those of ``rounds``."""
+        keys, steps = torch.from_numpy(self._keys(nodes.numpy(), rounds.numpy())), self._task(nodes, None).steps
+        orders = Orders(work, [message], nodes, nodes, keys, rounds, steps, torch.arange(len(nodes)), own=True)
+        lanes = self._perform(orders, total=False) if len(nodes) else []
+        self._keep(lanes)
+        return self._reply({}, Collected(lanes, [], None), None, lambda rows, weights: rows)
+
+    async def exchange(self, models: Tensor, mixing: Mixing) -> tuple[Tensor, Mixing]:
+        told = models
+        if self.adversaries is not None:
+            everyone, rounds = torch.arange(len(models)), torch.full((len(models),), self.round)
+            told = self.adversaries.models(self.state["x"], models, everyone, rounds, self.problem.shared_layout)
+        return self.exchanges.send(told, mixing, self.round)
+
+    async def play(self, program: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
+        Programs(
+            self.federation,
+            self.clock,
+            self.streams,
+            self.codec,
+            self.exchanges.traffic,
+            lambda nodes: self._task(nodes, None),
+            self._trained,
+            self._played,
+            self.state["x"],
+        ).play(program, self.seconds)
+
+    def _trained(self, nodes: Tensor, models: Tensor, rounds: Tensor) -> Tensor:
+        """``models`` ``[C, P]`` as the work of ``nodes`` leaves them, or as liars say it does."""
+        reply = self._locally("train", nodes, self.method.message({"x": models}), rounds)
+        order = nodes.argsort()
+        at = order[torch.searchsorted(nodes[order], reply.clients)]
+        after = models.index_copy(0, at, self.method.step({"x": models[at]}, reply, self.round)["x"])
+        return (
+            after if self.adversaries is None else self.adversaries.models(models, after, nodes, rounds, self.problem.shared_layout)
+        )
+
+    def _played(self, x: Tensor) -> bool:
+        """End a round with ``x``; whether there are more."""
+        self._commit({"x": x}, {})
+        return self.going()
 
     def _starts(self, jobs: Jobs) -> dict[int, Tensors]:
         """The messages that ``jobs`` started from, by version."""
@@ -376,6 +519,9 @@ class LocalNetwork:
         return {version: self.pending.messages[number].tensors for version, number in pairs}
 
     async def commit(self, state: State, notes: Tensors | None = None) -> None:
+        self._commit(state, notes)
+
+    def _commit(self, state: State, notes: Tensors | None) -> None:
         self.round, self.state, self.notes, self._draws = self.round + 1, state, notes or {}, 0
         self.pending.forget(self.clock)
         self._mark()
@@ -384,6 +530,7 @@ class LocalNetwork:
     def _mark(self) -> None:
         self._committed, self._sent = (self.clock.mark(), self.pending.mark()), list[tuple[np.ndarray, np.ndarray]]()
         self._bound = 0.0 if self.privacy is None else self.privacy.bound
+        self._traffic = None if self.traffic is None else self.traffic.clone()
 
     def take_back(self) -> bool:
         """Undo a round that failed, so that a snapshot is that of the last commit; False where it has collected replies before."""
@@ -393,6 +540,8 @@ class LocalNetwork:
             self.privacy.bound = self._bound
         for who, keys in reversed(self._sent):
             self.keys[who] = keys
+        if self._traffic is not None:
+            self.exchanges.traffic = self._traffic
         self.pending.take_back(mark, self.clock)
         return self.pending.covers(self.clock)
 
@@ -443,12 +592,20 @@ class LocalNetwork:
             )
         return lanes
 
-    def _reply(self, starts: dict[int, Tensors], found: Collected, total: float | None) -> Reply:
-        """What the server sees of collected jobs."""
+    def _reply(
+        self,
+        starts: dict[int, Tensors],
+        found: Collected,
+        total: float | None,
+        aggregate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Reply:
+        """What the server sees of collected jobs, whose contributions become one by ``aggregate``, or as the rule says."""
         batches = [batch for lane in found.lanes for batch in lane.batches]
         uploads = [batch.upload for batch in batches]
         names = uploads[0].rows if uploads else {}
         flags = uploads[0].senders if uploads else {}
+        aggregate = self.method.aggregate if aggregate is None and self.method.robust else aggregate
+        single = uploads[0].sums if uploads and aggregate is not None else {}
         none, nothing = self.cohort[:0], self.problem.start[:0]
         reply = Reply(
             clients=side_by_side([u.clients for u in uploads], none),
@@ -465,6 +622,8 @@ class LocalNetwork:
             total=total,
             everyone=self.total_weight,
             problem=self.problem,
+            each={n: side_by_side([u.sums[n] for u in uploads], nothing) for n in single},
+            aggregate=aggregate,
         )
         reply = self._private(reply)
         if len(reply):
@@ -505,7 +664,8 @@ class LocalNetwork:
     def _parts(self) -> dict[str, Tensors]:
         snapshots = {"kept": self.kept.snapshot(), "clock": self.clock.snapshot(), "pending": self.pending.snapshot()}
         private = {} if self.privacy is None else {"privacy": self.privacy.snapshot()}
-        return {"state": self.state, "notes": self.notes, **snapshots, **private}
+        traffic = {} if self.traffic is None else {"bytes": self.traffic.clone()}
+        return {"state": self.state, "notes": self.notes, "traffic": traffic, **snapshots, **private}
 
     def restore(self, saved: Tensors) -> None:
         """Go on from a snapshot; raises ``CheckpointError`` if it is not one of this run."""
@@ -515,7 +675,7 @@ class LocalNetwork:
         part = {p: {n[len(p) + 1 :]: t for n, t in saved.items() if n.startswith(f"{p}.")} for p in self._parts()}
         own = {n: t for n, t in self.snapshot().items() if n in ("format", "taken", "keys", "loss", "counters")}
         x = part["state"].get("x")
-        if x is None or x.shape != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
+        if x is None or x.shape[-1:] != (self.problem.shared,) or not alike(own, {n: saved[n] for n in own if n in saved}):
             raise CheckpointError("the checkpoint does not belong to this run: another model, or another number of clients")
         self.state, self.notes = {n: t.to(self.problem.device) for n, t in part["state"].items()}, part["notes"]
         if self.privacy is not None:
@@ -523,6 +683,8 @@ class LocalNetwork:
         self.kept.restore(part["kept"])
         self.clock.restore(part["clock"])
         self.pending.restore(part["pending"], self.clock, self.problem.device)
+        if part["traffic"]:
+            self.exchanges.traffic = part["traffic"]["bytes"].clone()
         self.taken, self.keys = saved["taken"].clone(), saved["keys"].numpy().copy()
         self.round, self.updates = map(int, saved["counters"])
         self.loss = float(saved["loss"])

@@ -47,6 +47,10 @@ class Mechanisms:
             if not codec.plain:
                 why = "what arrives may exceed the bound" if type(part) is differential else "encoded vectors cannot be added"
                 raise ConfigError(f"codec: {codec} is not allowed with {type(part).__name__}: {why}; use identity")
+        if method.robust:
+            raise ConfigError(
+                f"aggregate: {method.aggregate} is not allowed with privacy: it needs to see what single clients send"
+            )
         self.noise: differential | None = next((part for part in parts if isinstance(part, differential)), None)
         self.masks: secure | None = next((part for part in parts if isinstance(part, secure)), None)
         self.problem, self.streams, self.clients = federation.problem, streams, federation.clients

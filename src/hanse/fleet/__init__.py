@@ -14,7 +14,7 @@ from hanse.fleet.distributions import (
     uniform,
     zipf,
 )
-from hanse.fleet.participation import bernoulli, crashes, cyclic, diurnal, markov, slowdowns
+from hanse.fleet.participation import bernoulli, crashes, cyclic, diurnal, joins, leaves, markov, slowdowns
 from hanse.fleet.population import Population
 from hanse.fleet.presets import laptops, phones, silos
 from hanse.fleet.profiles import Fleet, Profile, Work, devices, ideal
@@ -44,7 +44,9 @@ __all__ = [
     "evenly",
     "exponential",
     "ideal",
+    "joins",
     "laptops",
+    "leaves",
     "listed",
     "lognormal",
     "markov",

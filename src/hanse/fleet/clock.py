@@ -121,17 +121,19 @@ class Clock:
         clients: Tensor,
         version: int,
         keys: NDArray[np.int64],
-        message: int,
-        size: int,
+        message: NDArray[np.int64],
+        size: Tensor,
         work: Work,
         patience: float,
         share: Tensor | None = None,
     ) -> Jobs:
-        """Send a message of ``size`` bytes to ``clients``; the jobs this starts, in the order of ``clients``.
+        """Send messages of ``size`` bytes, int64 ``[C]``, to ``clients``; the jobs this starts, in the order of ``clients``.
+
+        ``message`` is the number of the message that all get, int64 ``[1]``, or of each one's, ``[C]``.
 
         A job that the server had given up ends here: its client turns to the new one.
         """
-        who, profile = clients.numpy(), self._profile(clients)
+        who, profile = clients.numpy(), self.profile(clients)
         self._abandon(who)
         jobs = np.zeros(len(who), JOB)
         jobs["ticket"] = self.tickets + np.arange(len(who))
@@ -140,7 +142,7 @@ class Clock:
         jobs["rate"], jobs["share"] = np.inf, 0 if share is None else share.numpy()
         jobs["expires"] = NEVER if math.isinf(patience) else min(self.time + int(nanoseconds(patience)), NEVER)
         self.tickets += len(who)
-        self.down += size * len(who)
+        self.down += int(size.sum())
         for name in ("received", "computed", "arrives"):
             jobs[name] = self.time
         if profile is not None:
@@ -148,7 +150,7 @@ class Clock:
         self.out = np.concatenate([self.out, jobs]) if len(self.out) else jobs.copy()
         return jobs
 
-    def _profile(self, clients: Tensor) -> Profile | None:
+    def profile(self, clients: Tensor) -> Profile | None:
         """The devices of ``clients``; each is drawn once, when it first gets a job."""
         if self.timeless or not len(clients):
             return None
@@ -163,19 +165,30 @@ class Clock:
 
     def links(self, clients: Tensor) -> tuple[Tensor, Tensor] | None:
         """Bytes per second to the server and latency of ``clients``, float64 ``[C]``; None where nothing takes time."""
-        profile = self._profile(clients)
+        profile = self.profile(clients)
         return None if profile is None else (profile.up, profile.latency)
 
-    def _place(self, jobs: Jobs, clients: Tensor, profile: Profile, size: int, work: Work) -> None:
-        received = nanoseconds(profile.latency + size / profile.down) + self.time
-        start = torch.from_numpy(received / SECOND)
-        at, broken = self.fleet.trace.finish(self.population, clients, start, profile.compute(work))
-        jobs["received"] = received
-        jobs["computed"] = np.where(broken.numpy(), NEVER, np.maximum(nanoseconds(at), received))
+    def finish(self, clients: Tensor, work: Work) -> NDArray[np.int64]:
+        """When ``clients`` will have done ``work`` where they are if they begin now, ``[C]``; ``NEVER``: they go away before."""
+        now, profile = np.full(len(clients), self.time), self.profile(clients)
+        return now if profile is None else self._computed(clients, now, profile, work)
+
+    def go_on(self, time: int) -> None:
+        """Let time pass until then."""
+        self.time = max(self.time, time)
+
+    def _place(self, jobs: Jobs, clients: Tensor, profile: Profile, size: Tensor, work: Work) -> None:
+        jobs["received"] = nanoseconds(profile.latency + size / profile.down) + self.time
+        jobs["computed"] = self._computed(clients, jobs["received"], profile, work)
         arrives = jobs["computed"] + nanoseconds(profile.latency)
         gone = self._chance("link.loss", clients, jobs, profile.loss) | (jobs["computed"] >= NEVER)
         jobs["arrives"], jobs["rate"] = np.where(gone, NEVER, arrives), profile.up
         jobs["twice"] = self._chance("link.duplicates", clients, jobs, profile.duplicates)
+
+    def _computed(self, clients: Tensor, start: NDArray[np.int64], profile: Profile, work: Work) -> NDArray[np.int64]:
+        """When ``clients`` that begin at ``start`` have done their ``work``; ``NEVER`` where they go away for good before."""
+        at, broken = self.fleet.trace.finish(self.population, clients, torch.from_numpy(start / SECOND), profile.compute(work))
+        return np.where(broken.numpy(), NEVER, np.maximum(nanoseconds(at), start))
 
     def _chance(self, purpose: str, clients: Tensor, jobs: Jobs, probability: Tensor) -> NDArray[np.bool_]:
         if not bool((probability > 0).any()):
@@ -188,10 +201,10 @@ class Clock:
         """Whether nothing takes time on this fleet and nothing is under way."""
         return self.timeless and not (len(self.out) or len(self.arrived) or len(self.rests))
 
-    def exchange(self, clients: int, down: int, up: Tensor) -> None:
-        """So many clients get a message of ``down`` bytes each and send replies of ``up`` bytes, int64, while time is ``still``."""
-        self.tickets += clients
-        self.down += down * clients
+    def exchange(self, down: Tensor, up: Tensor) -> None:
+        """Clients get messages of ``down`` bytes and send replies of ``up`` bytes, int64 each, while time is ``still``."""
+        self.tickets += len(down)
+        self.down += int(down.sum())
         self.up += int(up.sum())
 
     def weigh(self, tickets: NDArray[np.int64], sizes: Tensor) -> None:

@@ -7,7 +7,7 @@ Participation Statistics in Federated Averaging", ICLR 2024, arXiv 2306.03401, w
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hanse.fleet.distributions import CHANCE, POSITIVE, Amount, Chance, Limits, Positive, PositiveAmount, Share, constant
 from hanse.fleet.population import Population
-from hanse.fleet.traces import CELLS, Slotted
+from hanse.fleet.traces import CELLS, Piecewise, Slotted
 
 SLOWER = Limits(1.0, sys.float_info.max, "finite and at least 1")
 
@@ -179,3 +179,37 @@ class slowdowns(Slotted):
         factor = SLOWER.draw(self.factor, population, clients, "trace.slowdowns.factor")
         slow = uniforms(population, "trace.slowdowns", clients, slots) < rate[:, None]
         return torch.where(slow, 1 / factor[:, None], 1.0)
+
+
+class Once(Piecewise):
+    """Base of traces in which some clients change once: they are there on one side of a moment only."""
+
+    abstract: ClassVar[bool] = True
+    share: Annotated[float, Field(ge=0, le=1)]
+    """Share of the clients, drawn once: the nearest number of them."""
+    at: Positive
+    """The moment, seconds."""
+    before: ClassVar[bool]
+    """Whether they are there before the moment."""
+
+    def piece(self, population: Population, clients: Tensor, time: Tensor) -> Tensor:
+        return (time >= self.at).long()
+
+    def pieces(self, population: Population, clients: Tensor, first: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        number = first[:, None] + torch.arange(n + 1)
+        edges = number.double().clamp(max=1) * self.at + torch.where(number > 1, torch.inf, 0.0)
+        some = population.streams.sample("trace.once", population.size, round(self.share * population.size), 0)
+        there = ~torch.isin(clients, some)[:, None] | ((number[:, :-1] == 0) == self.before)
+        return edges, (there & (number[:, :-1] < 2)).double()
+
+
+class leaves(Once):
+    """There until a moment; then a share of the clients goes away for good, with what they are working at."""
+
+    before: ClassVar[bool] = True
+
+
+class joins(Once):
+    """A share of the clients comes at a moment, and was never there before."""
+
+    before: ClassVar[bool] = False

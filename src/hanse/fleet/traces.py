@@ -59,6 +59,10 @@ class Trace(Part):
         """The next time at or after ``now`` when each of ``clients`` is there, float64 ``[C]``; inf if never."""
         raise TypeError(f"{type(self).__name__} does not define back")
 
+    def gone(self, population: Population, clients: Tensor, now: float) -> Tensor:
+        """The next time at or after ``now`` when each of ``clients`` is away, float64 ``[C]``; inf if never."""
+        raise TypeError(f"{type(self).__name__} does not define gone")
+
     def away(self, population: Population, clients: Tensor, until: float) -> Tensor:
         """Absences of ``clients`` from time 0 to ``until``, as for a picture: float64 ``[K, 3]``, rows (client, from, to).
 
@@ -79,6 +83,9 @@ class always(Trace):
 
     def back(self, population: Population, clients: Tensor, now: float) -> Tensor:
         return torch.full((len(clients),), now, dtype=torch.float64)
+
+    def gone(self, population: Population, clients: Tensor, now: float) -> Tensor:
+        return torch.full((len(clients),), torch.inf, dtype=torch.float64)
 
     def away(self, population: Population, clients: Tensor, until: float) -> Tensor:
         return torch.empty(0, 3, dtype=torch.float64)
@@ -143,6 +150,12 @@ class Piecewise(Trace):
         return Finish(at, broken)
 
     def back(self, population: Population, clients: Tensor, now: float) -> Tensor:
+        return self._next(population, clients, now, there=True)
+
+    def gone(self, population: Population, clients: Tensor, now: float) -> Tensor:
+        return self._next(population, clients, now, there=False)
+
+    def _next(self, population: Population, clients: Tensor, now: float, there: bool) -> Tensor:
         at = torch.full((len(clients),), torch.inf, dtype=torch.float64)
         rows = torch.arange(len(clients))
         first = self._piece(population, clients, torch.full_like(at, now))
@@ -150,9 +163,9 @@ class Piecewise(Trace):
         while len(rows) and seen < HORIZON:
             n = min(n, max(4, CELLS // len(rows)))
             edges, speed = self.pieces(population, clients[rows], first, n)
-            k = _first(speed > 0)
-            found = k < n
+            k = _first((speed > 0) == there)
             begin = edges.gather(1, k[:, None])[:, 0]
+            found = (k < n) & (begin < torch.inf)
             at[rows[found]] = torch.where((k == 0) & (seen == 0), now, begin)[found]
             going = ~found & (edges[:, -1] < torch.inf)
             rows, first = rows[going], first[going] + n
@@ -237,3 +250,8 @@ class Slotted(Piecewise):
         if self.slot is None:
             return always().back(population, clients, now)
         return super().back(population, clients, now)
+
+    def gone(self, population: Population, clients: Tensor, now: float) -> Tensor:
+        if self.slot is None:
+            return always().gone(population, clients, now)
+        return super().gone(population, clients, now)

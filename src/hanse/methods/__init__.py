@@ -9,6 +9,7 @@ from hanse.methods.fedavg import FedAvg
 from hanse.methods.fedavg_m import FedAvg_M, FedAvg_M_VR
 from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from hanse.methods.fedprox import FedProx
+from hanse.methods.fedsam import FedSAM
 from hanse.methods.fedspeed import FedSpeed
 from hanse.methods.memory import MIFA, FedVARP
 from hanse.methods.one_by_one import OneByOne
@@ -33,6 +34,7 @@ __all__ = [
     "FedAvg_M",
     "FedAvg_M_VR",
     "FedProx",
+    "FedSAM",
     "FedSpeed",
     "FedVARP",
     "FedYogi",

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, PositiveFloat
 from torch import Tensor
 
+from hanse.aggregators import Aggregator, mean
+from hanse.codecs.base import Codec
 from hanse.core.context import Context
 from hanse.core.messages import Reply, Tensors, Upload
 from hanse.core.optim import LearningRate, Optimizer, constant, sgd
@@ -16,7 +18,8 @@ from hanse.core.samples import Plan
 from hanse.fleet.population import Population
 
 State = dict[str, Tensor]
-"""What the server remembers, as named tensors: ``x`` ``[P]`` is always the global model. A state is never changed in place."""
+"""What the server remembers, as named tensors: ``x`` ``[P]`` is always the global model. A state is never changed in place.
+Among peers, who have no server, ``x`` ``[N, P]`` are the models of all of them."""
 
 
 def _plain(local: Optimizer) -> Optimizer:
@@ -24,6 +27,15 @@ def _plain(local: Optimizer) -> Optimizer:
         raise ValueError("this rule's formulas hold for plain sgd")
     return local
 
+
+def _mean(aggregate: Aggregator) -> Aggregator:
+    if aggregate != mean():
+        raise ValueError("this rule's formulas hold for the mean")
+    return aggregate
+
+
+PlainMean = Annotated[Aggregator, AfterValidator(_mean)]
+"""An aggregator for rules whose formulas hold for the mean alone."""
 
 PlainSgd = Annotated[Optimizer, AfterValidator(_plain)]
 """A local optimiser for rules that recover gradients from displacements: sgd without momentum and weight decay."""
@@ -49,17 +61,30 @@ class Method(Part):
     masks: ClassVar[bool] = False
     """Whether the server asks which entries of a sum arrived: ``name.kept`` and ``name.overlap`` are then sums as well."""
 
+    codec: ClassVar[Codec | None] = None
+    """How clients write what they send, where that belongs to the rule."""
+
+    down: ClassVar[Codec | None] = None
+    """How the server writes what it sends, where that belongs to the rule."""
+
     lr: LearningRate = constant(value=0.1)
     """Local learning rate: a number, or a rate over rounds such as exponential(0.1, 0.998)."""
     local: Optimizer = sgd()
     """Local optimiser."""
     clip: PositiveFloat | None = None
     """Largest norm of a client's gradient."""
+    aggregate: Aggregator = mean()
+    """How the clients' contributions become one: their mean, or something that withstands liars, e.g. krum(2)."""
 
     @property
     def plain(self) -> bool:
         """Whether clients follow plain gradients and only their weighted sum is used, so that exact shortcuts may apply."""
         return False
+
+    @property
+    def robust(self) -> bool:
+        """Whether the server needs to see single contributions, because it takes something else than their mean."""
+        return self.aggregate != mean()
 
     def init(self, problem: Problem) -> State:
         """The server's state before round 0."""
@@ -76,6 +101,14 @@ class Method(Part):
     def message(self, state: State) -> Tensors:
         """What the server sends to every client of a round."""
         return {"x": state["x"]}
+
+    def asked(self, state: State, clients: Tensor) -> Tensor:
+        """Those of a cohort who are asked, in its order."""
+        return clients
+
+    def parts(self, state: State, clients: Tensor) -> Tensor | None:
+        """What part of the message's vectors each of ``clients`` gets, float64 ``[C]``, as ``down`` cuts them; None: all of them."""
+        return None
 
     def weight(self, counts: Tensor) -> Tensor:
         """The averaging weight of clients with so many samples, ``[C]``."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from pydantic import NonNegativeFloat
 
+from hanse.aggregators import mean
 from hanse.core.context import Context
 from hanse.core.messages import Reply, Upload
-from hanse.methods.base import State
+from hanse.methods.base import PlainMean, State
 from hanse.methods.fedprox import FedProx
 
 
@@ -24,6 +25,8 @@ class FedAsync(FedProx):
 
     mu: NonNegativeFloat = 0.0
     """Weight of the proximal term; 0 leaves it out."""
+    aggregate: PlainMean = mean()
+    """The mean."""
 
     def train(self, ctx: Context) -> Upload:
         return ctx.upload(self.weigh(ctx), model=ctx.descend(self.direction))

@@ -47,7 +47,7 @@ class FedAvg(Method):
 
     @property
     def plain(self) -> bool:
-        return type(self).train is FedAvg.train and type(self).direction is FedAvg.direction
+        return not self.robust and type(self).train is FedAvg.train and type(self).direction is FedAvg.direction
 
     def plan(self) -> Plan:
         return Plan(self.batch, self.epochs, self.steps, self.shuffle)

@@ -45,6 +45,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeFloat, NonNe
 from torch import Tensor
 from torch.func import vmap
 
+from hanse.aggregators import mean
 from hanse.core import optim
 from hanse.core.context import Context
 from hanse.core.errors import ConfigError
@@ -52,7 +53,7 @@ from hanse.core.losses import cross_entropy
 from hanse.core.messages import Reply, Upload
 from hanse.core.problem import Problem
 from hanse.core.streams import Streams
-from hanse.methods.base import PlainSgd, State
+from hanse.methods.base import PlainMean, PlainSgd, State
 from hanse.methods.fedavg import FedAvg
 
 
@@ -70,6 +71,9 @@ class RowByRow(FedAvg):
     """FedAvg whose server sees the updates one by one, which makes no difference to their average."""
 
     abstract: ClassVar[bool] = True
+
+    aggregate: PlainMean = mean()
+    """The mean."""
 
     def train(self, ctx: Context) -> Upload:
         return ctx.upload(self.weigh(ctx), rows={"delta": ctx.displacement(self.direction)})

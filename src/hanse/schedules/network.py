@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hanse.core.problem import Problem
 from hanse.core.streams import Streams
 from hanse.fleet.clock import Events, Jobs
 from hanse.methods.base import Method, State
+from hanse.topologies import Mixing
 
 
 class Network(Protocol):
@@ -62,14 +64,28 @@ class Network(Protocol):
         ...
 
     @property
+    def counts(self) -> Tensor:
+        """Number of samples of every registered client, int64."""
+        ...
+
+    @property
     def total_weight(self) -> float:
         """Sum of the rule's averaging weights over all registered clients."""
         ...
 
-    def send(self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None = None, patience: float = math.inf) -> None:
+    def send(
+        self,
+        clients: Tensor,
+        work: str,
+        message: Tensors,
+        steps: Tensor | None = None,
+        patience: float = math.inf,
+        parts: Tensor | None = None,
+    ) -> None:
         """Have ``clients``, none of them at work, do the rule's ``work``, in ``steps`` ``[C]`` local steps if given.
 
-        After ``patience`` seconds a job without a reply is given up.
+        After ``patience`` seconds a job without a reply is given up. ``parts`` float64 ``[C]``, as a rule's ``parts`` says, is how much
+        of the message's vectors each client gets.
         """
         ...
 
@@ -91,10 +107,29 @@ class Network(Protocol):
         """Be woken for each of ``clients`` after so many seconds, ``[C]``."""
         ...
 
-    async def ask(self, clients: Tensor, work: str, message: Tensors) -> Reply:
+    async def ask(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None = None) -> Reply:
         """Have ``clients`` do the rule's ``work`` and wait for all who will reply: ``send``, ``wait`` and ``collect`` in one, but
         without a row a client at the server.
         """
+        ...
+
+    def starts(self) -> Tensor:
+        """Initial models ``[N, P]`` as if every client had drawn its own."""
+        ...
+
+    async def work(self, nodes: Tensor, work: str, message: Tensors, patience: float = math.inf) -> Reply:
+        """Have ``nodes`` do the rule's ``work``, each from its own row of ``message`` (of ``len(nodes)`` rows): nothing travels.
+
+        Those not done after ``patience`` seconds are left out; all others reply, and ``mean`` leaves each of them its own.
+        """
+        ...
+
+    async def exchange(self, models: Tensor, mixing: Mixing) -> tuple[Tensor, Mixing]:
+        """Every node sends its row of ``models`` ``[N, P]`` to its neighbours; what they have of it, and the weights of what arrived."""
+        ...
+
+    async def play(self, program: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+        """Have every node run its own ``program``, given its ``Node``, until there are no more rounds to do."""
         ...
 
     async def commit(self, state: State, notes: Tensors | None = None) -> None:
@@ -107,6 +142,8 @@ class Schedule(Part):
 
     kind: ClassVar[str] = "schedule"
     abstract: ClassVar[bool] = True
+    replayed: ClassVar[bool] = False
+    """Whether what goes on cannot be saved in the middle, so that a run which is resumed starts over, and comes to the same."""
     barrier: ClassVar[bool] = False
     """Whether those who are asked together are added up together, before anybody else is asked."""
 

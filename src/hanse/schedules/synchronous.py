@@ -58,16 +58,17 @@ class synchronous(Schedule):
             if not len(cohort) and not len(net.sample(1)):  # nobody is there; a draw of nobody is a round of nobody
                 await net.wait(anyone=True)
                 cohort = self._draw(net)
-            reply = await self._ask(net, cohort, method.message(state))
+            cohort = method.asked(state, cohort)
+            reply = await self._ask(net, cohort, method.message(state), method.parts(state, cohort))
             if reply.counts:
                 state = method.step(state, reply, net.round)
             await net.commit(state)
 
-    async def _ask(self, net: Network, cohort: Tensor, message: Tensors) -> Reply:
+    async def _ask(self, net: Network, cohort: Tensor, message: Tensors, parts: Tensor | None) -> Reply:
         if self._waits:
-            return await net.ask(cohort, "train", message)
+            return await net.ask(cohort, "train", message, parts)
         end, due = math.inf if self.deadline is None else net.now + self.deadline, False
-        net.send(cohort, "train", message)
+        net.send(cohort, "train", message, parts=parts)
         while len(net.out) and len(net.arrived) < self.cohort and not due:
             due = (await net.wait(self.cohort - len(net.arrived), end)).due
         net.call_off(net.out)

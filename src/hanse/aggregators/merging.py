@@ -1,0 +1,86 @@
+"""What a node makes of its own model and those it has received: the peers' side of aggregation.
+
+``variance_corrected`` is from Tian, Al-Ars, Kitsak, Hofstee: "Vanishing Variance Problem in Fully Decentralized Neural-Network
+Systems", 2024, arXiv 2404.04616:
+
+    A_l = w_ii W_i^l + sum_j w_ij W_j^l                                                          every tensor l
+    A_l <- (A_l - mean(A_l)) sqrt((target_l + eps) / (var(A_l) + eps)) + mean(A_l)               every corrected one
+
+Averaging models that have nothing to do with each other divides the variance of their weights by up to their number, and networks
+whose weights are too small do not learn. Our choices, where the authors' two programs differ: the variance over all entries of a
+tensor (divided by their number), eps = 0, and weights of rank 2 and more alone, because biases and scales of norm layers have small
+variances that mean nothing.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor
+
+from hanse.aggregators.mean import Aggregator
+from hanse.core.layout import Layout
+from hanse.core.part import Part
+from hanse.topologies import Mixing
+
+LEAST = 1e-12
+"""Variance below which a tensor is taken for constant and left as it is."""
+
+
+class Merge(Part):
+    """Base of all merges."""
+
+    kind: ClassVar[str] = "merge"
+    abstract: ClassVar[bool] = True
+
+    def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
+        """Every node's new model ``[N, P]``: row i of ``own`` and the rows of ``received`` that ``mixing`` says i has."""
+        raise TypeError(f"{type(self).__name__} does not define __call__")
+
+
+class average(Merge):
+    """The weighted mean: one row of the mixing matrix a node."""
+
+    def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
+        return mixing.mix(own, received)
+
+
+class variance_corrected(Merge):
+    """The weighted mean, scaled tensor by tensor to the variance that single models have."""
+
+    target: Literal["others", "own", "both"] = "others"
+    """Whose variance: the mean of the received models', one's own, or both weighted as the models are (the paper's follow-beta)."""
+    skip: tuple[str, ...] = ()
+    """Name patterns of tensors that are only averaged."""
+    eps: NonNegativeFloat = 0.0
+    """Added to both variances; it weakens the correction of tensors with smaller ones."""
+
+    def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
+        mixed, lonely = mixing.mix(own, received), mixing.degrees == 0
+        before, arrived = layout.views(own), layout.views(received)
+        for name, tensor in layout.views(mixed).items():
+            if tensor.dim() < 3 or tensor[0].numel() < 2 or any(fnmatchcase(name, pattern) for pattern in self.skip):
+                continue
+            single, others = (t.flatten(1).var(1, correction=0)[:, None] for t in (before[name], arrived[name]))
+            target = {"own": single, "others": mixing.average(others), "both": mixing.mix(single, others)}[self.target]
+            flat = tensor.flatten(1)
+            mean, variance = flat.mean(1, keepdim=True), flat.var(1, correction=0, keepdim=True)
+            scale = ((target + self.eps) / (variance + self.eps).clamp(min=LEAST)).sqrt()
+            scale = torch.where((variance < LEAST) | lonely[:, None], torch.ones_like(scale), scale)
+            tensor.copy_(((flat - mean) * scale + mean).view_as(tensor))
+        return mixed
+
+
+class robust(Merge):
+    """An aggregator at every node, over its own model and those it has received."""
+
+    rule: Aggregator
+    """How the models become one, e.g. krum(1)."""
+
+    def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
+        ends = mixing.offsets.tolist()
+        lists = [mixing.neighbours[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        return torch.stack([self.rule(torch.cat([own[i : i + 1], received[near]])) for i, near in enumerate(lists)])

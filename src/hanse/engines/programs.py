@@ -1,0 +1,315 @@
+"""Peers' programs in virtual time: asyncio with another clock, and the messages between its tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import selectors
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hanse.codecs.base import Codec, Sending
+from hanse.core.errors import ConfigError, StalledError
+from hanse.core.messages import Tensors, wire_size
+from hanse.core.problem import Problem
+from hanse.core.streams import Streams
+from hanse.federation import Federation
+from hanse.fleet.clock import NEVER, SECOND, Clock
+from hanse.fleet.profiles import Work
+from hanse.schedules.peers import Letter, Node
+
+Train = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(nodes int64 [C], models [C, P], rounds int64 [C]) -> models [C, P]``: the rule's work of some nodes, side by side."""
+
+
+class Jump(selectors.DefaultSelector):
+    """Waits for nothing: where asyncio would sleep, the clock jumps."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise StalledError("every peer waits for a message that nobody will send")
+        self.clock.go_on(self.clock.time + math.ceil(max(0.0, timeout) * SECOND))
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """asyncio whose time is the clock's. What is due at the same time runs in the order in which it was asked for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        super().__init__(Jump(clock))
+
+    def time(self) -> float:
+        return self.clock.now
+
+
+@dataclass(eq=False)
+class Job:
+    """Training under way: from which model, for which round, and what came of it once that is known."""
+
+    node: int
+    x: Tensor
+    round: int
+    result: Tensor | None = None
+
+
+@dataclass(eq=False)
+class LocalNode:
+    """One node's view of the programs it is among."""
+
+    id: int
+    programs: Programs
+    notes: Tensors = field(default_factory=dict)
+    inbox: asyncio.Queue[Letter] = field(default_factory=asyncio.Queue)
+    there: bool = False
+    free: int = 0
+    """When its link has sent everything, nanoseconds."""
+    letters: int = 0
+
+    @property
+    def nodes(self) -> int:
+        return len(self.programs.nodes)
+
+    @property
+    def problem(self) -> Problem:
+        return self.programs.federation.problem
+
+    @property
+    def streams(self) -> Streams:
+        return self.programs.streams
+
+    @property
+    def now(self) -> float:
+        return self.programs.clock.now
+
+    def start(self) -> Tensor:
+        return self.programs.federation.start(self.id)
+
+    def send(self, to: Iterable[int], kind: str, **tensors: Tensor) -> None:
+        self.programs.send(self, to, kind, tensors)
+
+    async def receive(self) -> Letter:
+        return await self.inbox.get()
+
+    async def train(self, x: Tensor, round: int) -> Tensor:
+        return await self.programs.train(self, x, round)
+
+    def publish(self, x: Tensor, round: int) -> None:
+        self.programs.publish(x, round)
+
+    def hold(self, x: Tensor) -> None:
+        self.programs.hold(self.id, x)
+
+
+class Programs:
+    """All nodes of a run and what is between them.
+
+    ``start`` ``[P]`` is what nodes hold at first.
+    ``train`` does the work of several nodes; it is called when the first result is due, for everything under way. ``commit(x)``
+    ends a round with ``x``, the model ``[P]`` of all or the models ``[N, P]``, and says whether the run goes on. ``traffic`` int64
+    ``[N, 2]`` counts what each node sends and receives, bytes; ``counts[kind]`` messages and bytes by kind.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        clock: Clock,
+        streams: Streams,
+        codec: Codec,
+        traffic: Tensor,
+        work: Callable[[Tensor], Work],
+        train: Train,
+        commit: Callable[[Tensor], bool],
+        start: Tensor,
+    ) -> None:
+        if federation.fleet.trace.counts_rounds:
+            raise ConfigError(
+                f"fleet: {federation.fleet.trace} is not allowed with peers that share no rounds: give it slots of seconds"
+            )
+        self.federation, self.clock, self.streams, self.codec, self.traffic = federation, clock, streams, codec, traffic
+        self._work, self._train, self._commit = work, train, commit
+        self.round, self.held, self.start = 0, 0, start
+        self.jobs: list[Job] = []
+        self.counts: dict[str, list[int]] = {}
+        self.nodes = [LocalNode(i, self) for i in range(federation.clients)]
+
+    def play(self, program: Callable[[Node], Coroutine[Any, Any, None]], seconds: float) -> None:
+        """Run every node's ``program`` until ``commit`` says that it is over, or until ``seconds``."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._play(program, seconds)
+        else:  # as in a notebook; a thread has one loop at a time
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._play, program, seconds).result()
+
+    def _play(self, program: Callable[[Node], Coroutine[Any, Any, None]], seconds: float) -> None:
+        loop = VirtualLoop(self.clock)
+        try:
+            loop.run_until_complete(self._all(program, seconds))
+        finally:
+            loop.run_until_complete(_cancelled(asyncio.all_tasks(loop)))
+            loop.close()
+
+    async def _all(self, program: Callable[[Node], Coroutine[Any, Any, None]], seconds: float) -> None:
+        self.loop, self.over = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        if math.isfinite(seconds):
+            self.loop.call_at(seconds, self._end)
+        lives = [asyncio.create_task(self._live(node, program)) for node in self.nodes]
+        for life in lives:
+            life.add_done_callback(self._ended)
+        await self.over
+
+    def _end(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+
+    def _ended(self, life: asyncio.Task[None]) -> None:
+        error = None if life.cancelled() else life.exception()
+        while isinstance(error, BaseExceptionGroup):  # of the tasks that a program had started
+            error = error.exceptions[0]
+        if error is not None and not self.over.done():
+            self.over.set_exception(error)
+
+    async def _live(self, node: LocalNode, program: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
+        trace, population, me = self.federation.fleet.trace, self.federation.population, torch.tensor([node.id])
+        while math.isfinite(back := float(trace.back(population, me, self.clock.now))):
+            await asyncio.sleep(back - self.clock.now)
+            gone = float(trace.gone(population, me, self.clock.now))
+            node.inbox, node.there = asyncio.Queue(), True
+            task = asyncio.create_task(program(node))
+            await asyncio.wait({task}, timeout=gone - self.clock.now if math.isfinite(gone) else None)
+            node.there = False
+            if task.done():
+                return task.result()
+            task.cancel()
+            await asyncio.wait({task})
+        return None
+
+    # ---- messages
+
+    def send(self, sender: LocalNode, to: Iterable[int], kind: str, tensors: Tensors) -> None:
+        """See ``Node.send``. A link carries one message after the other; latencies and losses of both ends add up."""
+        if not sender.there:
+            return
+        to, (told, size) = list(to), self._coded(sender, kind, tensors)
+        for receiver in to:
+            if receiver == sender.id:
+                self._deliver(receiver, Letter(sender.id, kind, tensors), 0)
+                continue
+            sender.letters += 1
+            self._count(sender.id, 0, size)
+            counted = self.counts.setdefault(kind, [0, 0])
+            counted[0], counted[1] = counted[0] + 1, counted[1] + size
+            at = self._arrival(sender, receiver, size)
+            copies = (
+                1
+                - self._drawn("letter.loss", sender, receiver, "loss")
+                + self._drawn("letter.twice", sender, receiver, "duplicates")
+            )
+            for _ in range(copies):
+                self.loop.call_at(at, self._deliver, receiver, Letter(sender.id, kind, told), size)
+
+    def _coded(self, sender: LocalNode, kind: str, tensors: Tensors) -> tuple[Tensors, int]:
+        """What arrives of a message, and its bytes; the codec has the models, which are called ``x``."""
+        named = {f"{kind}.{name}": t for name, t in tensors.items()}
+        if self.codec.plain or "x" not in tensors:
+            return tensors, wire_size(named)
+        seeds = self.streams.seeds("codec.letter", torch.tensor([sender.id]), sender.letters)
+        sent = self.codec.roundtrip(tensors["x"][None].clone(), Sending(self.federation.problem.shared_layout, seeds))
+        del named[f"{kind}.x"]
+        return {**tensors, "x": sent.values[0]}, wire_size(named, {f"{kind}.x": int(sent.sizes)})
+
+    def _count(self, node: int, way: int, size: int) -> None:
+        self.traffic[node, way] += size
+        if way == 0:
+            self.clock.up += size
+
+    @cached_property
+    def _links(self) -> dict[str, list[float]] | None:
+        profile = self.clock.profile(torch.arange(len(self.nodes)))
+        return (
+            None
+            if profile is None
+            else {name: getattr(profile, name).tolist() for name in ("up", "down", "latency", "loss", "duplicates")}
+        )
+
+    def _arrival(self, sender: LocalNode, receiver: int, size: int) -> float:
+        if self._links is None:
+            return self.clock.now
+        up, down, latency = (self._links[name] for name in ("up", "down", "latency"))
+        sender.free = max(sender.free, self.clock.time) + math.ceil(size / up[sender.id] * SECOND)
+        return sender.free / SECOND + latency[sender.id] + latency[receiver] + size / down[receiver]
+
+    def _drawn(self, purpose: str, sender: LocalNode, receiver: int, chance: str) -> int:
+        """1 if it happens to this message, which it does if it happens at either end."""
+        if self._links is None or not (both := [self._links[chance][i] for i in (sender.id, receiver)]) or not any(both):
+            return 0
+        u = self.streams.uniform(purpose, torch.tensor([sender.id]), sender.letters, extra=receiver)
+        return int(float(u) < 1 - (1 - both[0]) * (1 - both[1]))
+
+    def _deliver(self, receiver: int, letter: Letter, size: int) -> None:
+        node = self.nodes[receiver]
+        if node.there:
+            self._count(receiver, 1, size)
+            node.inbox.put_nowait(letter)
+
+    # ---- work
+
+    async def train(self, node: LocalNode, x: Tensor, round: int) -> Tensor:
+        """See ``Node.train``."""
+        me = torch.tensor([node.id])
+        job, done = Job(node.id, x, round), int(self.clock.finish(me, self._work(me))[0])
+        self.jobs.append(job)
+        try:
+            await (asyncio.sleep((done - self.clock.time) / SECOND) if done < NEVER else self.loop.create_future())
+            if job.result is None:
+                self._execute()
+        finally:
+            self.jobs.remove(job)
+        assert job.result is not None
+        return job.result
+
+    def _execute(self) -> None:
+        """Everything under way, whoever waits for it: side by side it costs less."""
+        due = [job for job in self.jobs if job.result is None]
+        nodes, rounds = torch.tensor([job.node for job in due]), torch.tensor([job.round for job in due])
+        for job, result in zip(due, self._train(nodes, torch.stack([job.x for job in due]), rounds), strict=True):
+            job.result = result
+
+    # ---- rounds
+
+    @cached_property
+    def models(self) -> Tensor:
+        """What every node holds, ``[N, P]``."""
+        return self.start.repeat(len(self.nodes), 1)
+
+    def publish(self, x: Tensor, round: int) -> None:
+        """See ``Node.publish``."""
+        if round > self.round and not self.over.done():
+            self.round = round
+            if not self._commit(x):
+                self._end()
+
+    def hold(self, node: int, x: Tensor) -> None:
+        """See ``Node.hold``."""
+        self.models[node] = x
+        self.held += 1
+        if self.held % len(self.nodes) == 0 and not self.over.done() and not self._commit(self.models.clone()):
+            self._end()
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
