@@ -22,6 +22,9 @@ REQUIRED: dict[str, object] = {
     "parts": (1, "exponential(2)"),
     "stages": ("topk", "uniform"),
     "codec": "topk(0.2) | sign",
+    "rule": "mean",
+    "share": 0.5,
+    "at": 600.0,
 }
 
 

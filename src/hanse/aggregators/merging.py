@@ -81,6 +81,8 @@ class robust(Merge):
     """How the models become one, e.g. krum(1)."""
 
     def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
-        ends = mixing.offsets.tolist()
-        lists = [mixing.neighbours[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-        return torch.stack([self.rule(torch.cat([own[i : i + 1], received[near]])) for i, near in enumerate(lists)])
+        merged, ends = own.clone(), mixing.offsets.tolist()
+        for i in mixing.degrees.nonzero().squeeze(1).tolist():
+            near = mixing.neighbours[ends[i] : ends[i + 1]]
+            merged[i] = self.rule(torch.cat([own[i : i + 1], received[near]]))
+        return merged

@@ -73,8 +73,8 @@ class async_gossip(Peers):
             node.send(near, "model", x=x)
 
     def _merged(self, x: Tensor, received: list[Tensor], node: Node) -> Tensor:
-        mixing = Mixing.into_one(len(received), self.own)
-        return self.merge(x[None], torch.stack(received), mixing, node.problem.shared_layout)[0]
+        models = torch.stack([x, *received])
+        return self.merge(models, models, Mixing.into_one(len(received), self.own), node.problem.shared_layout)[0]
 
 
 @lru_cache(maxsize=16)
