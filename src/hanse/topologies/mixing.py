@@ -64,6 +64,25 @@ class Mixing:
         weights = (1 - own) / degrees[_rows(degrees)].double()
         return cls(offsets, neighbours, weights, torch.where(degrees > 0, own, 1.0).double())
 
+    @classmethod
+    def proportional(cls, graph: nx.Graph, counts: Tensor) -> Mixing:
+        """In proportion to ``counts``, int64 ``[N]``, of oneself and one's neighbours; rows sum to 1, columns need not."""
+        offsets, neighbours = _adjacency(graph)
+        receivers, counts = _rows(offsets.diff()), counts.double()
+        total = counts + _row_sums(receivers, counts[neighbours], len(counts))
+        lone = total == 0  # nobody near has any
+        total = torch.where(lone, 1.0, total)
+        return cls(offsets, neighbours, counts[neighbours] / total[receivers], torch.where(lone, 1.0, counts / total))
+
+    @classmethod
+    def into_one(cls, models: int, own: float) -> Mixing:
+        """Node 0 has received as many ``models``, of nodes 1, 2, ..., which keep theirs; ``own`` as in ``leaning``."""
+        offsets = torch.full((models + 2,), models).index_fill(0, torch.tensor([0]), 0)
+        keeps = torch.ones(models + 1, dtype=torch.float64).index_fill(0, torch.tensor([0]), own if models else 1.0)
+        return cls(
+            offsets, torch.arange(1, models + 1), torch.full((models,), (1 - own) / max(1, models), dtype=torch.float64), keeps
+        )
+
     @property
     def degrees(self) -> Tensor:
         """Number of neighbours of each node, int64 ``[N]``."""
@@ -79,11 +98,15 @@ class Mixing:
 
         They keep their models; those they are missed by add the missing weight to their own. Symmetry and row sums stay.
         """
-        stays = ~(away[self.receivers] | away[self.neighbours])
-        nodes, receivers = len(self.own), self.receivers[stays]
-        missing = _row_sums(self.receivers[~stays], self.weights[~stays], nodes)
+        return self.losing(away[self.receivers] | away[self.neighbours])
+
+    def losing(self, lost: Tensor) -> Mixing:
+        """The weights where the messages ``lost``, bool ``[E]``, do not arrive: receivers add what is missing to their own."""
+        nodes, receivers = len(self.own), self.receivers[~lost]
+        missing = _row_sums(self.receivers[lost], self.weights[lost], nodes)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(receivers, minlength=nodes).cumsum(0)])
-        return Mixing(offsets, self.neighbours[stays], self.weights[stays], torch.where(away, 1.0, self.own + missing))
+        own = torch.where(offsets.diff() > 0, self.own + missing, 1.0)
+        return Mixing(offsets, self.neighbours[~lost], self.weights[~lost], own)
 
     def mix(self, own: Tensor, sent: Tensor | None = None) -> Tensor:
         """``w_ii own_i + sum_j w_ij sent_j`` of models ``[N, P]``, finite float32 or float64, into a new ``[N, P]``.
@@ -117,7 +140,7 @@ class Mixing:
         if x.device.type != "cpu":
             return matrix @ x
         out, step = torch.empty_like(x), max(CHUNK // nodes, COLUMNS)
-        for some, into in zip(x.split(step, 1), out.split(step, 1), strict=True):
+        for some, into in zip(torch.split(x, step, 1), torch.split(out, step, 1), strict=True):
             torch.addmm(into, matrix, some, beta=0, out=into)
         return out
 
@@ -184,3 +207,9 @@ def _rows(degrees: Tensor) -> Tensor:
 
 def _row_sums(receivers: Tensor, weights: Tensor, nodes: int) -> Tensor:
     return torch.zeros(nodes, dtype=torch.float64).index_add_(0, receivers, weights)
+
+
+def consensus_distance(models: Tensor) -> float:
+    """``mean_i ||x_i - mean x||^2`` of ``models`` ``[N, P]``."""
+    centre, few = models.mean(0), max(1, CHUNK // max(1, models.shape[1]))
+    return sum(float((rows - centre).double().square().sum()) for rows in torch.split(models, few)) / len(models)
