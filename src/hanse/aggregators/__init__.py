@@ -6,13 +6,16 @@ from hanse.aggregators.combinations import centred_clipping, geometric_median, k
 from hanse.aggregators.coordinates import Coordinates, meamed, median, phocas, trimmed_mean
 from hanse.aggregators.flag import flag
 from hanse.aggregators.mean import mean
+from hanse.aggregators.merging import Merge, average, robust, variance_corrected
 from hanse.aggregators.mixing import bucketing, clipping, mixed, nnm, series
 
 __all__ = [
     "Aggregator",
     "Combination",
     "Coordinates",
+    "Merge",
     "Mixing",
+    "average",
     "bucketing",
     "bulyan",
     "centred_clipping",
@@ -27,6 +30,8 @@ __all__ = [
     "multi_krum",
     "nnm",
     "phocas",
+    "robust",
     "series",
     "trimmed_mean",
+    "variance_corrected",
 ]

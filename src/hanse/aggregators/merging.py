@@ -21,7 +21,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from hanse.aggregators.mean import Aggregator
+from hanse.aggregators.base import Aggregator
 from hanse.core.layout import Layout
 from hanse.core.part import Part
 from hanse.topologies import Mixing
