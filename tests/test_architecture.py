@@ -10,13 +10,14 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "hanse"
 
-BELOW = {"core", "data", "fleet", "codecs", "aggregators", "privacy", "models"}
+BELOW = {"core", "data", "fleet", "codecs", "aggregators", "topologies", "privacy", "models"}
 MAY_IMPORT = {
     "core": set(),
     "models": set(),
     "fleet": {"core"},
     "codecs": {"core"},
     "aggregators": {"core"},
+    "topologies": {"core"},
     "privacy": {"core"},
     "data": {"core", "models"},
     "methods": BELOW,

@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from hanse import aggregators, codecs, data, engines, fleet, methods, privacy, schedules
+from hanse import aggregators, codecs, data, engines, fleet, methods, privacy, schedules, topologies
 from hanse.core.optim import Optimizer, Rate
 from hanse.core.part import Part
 
 KINDS: dict[str, type[Part]] = {
     "methods": methods.Method,
     "schedules": schedules.Schedule,
+    "topologies": topologies.Topology,
     "codecs": codecs.Codec,
     "aggregators": aggregators.Aggregator,
     "privacy": privacy.Privacy,
