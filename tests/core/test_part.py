@@ -23,6 +23,9 @@ REQUIRED: dict[str, object] = {
     "stages": ("topk", "uniform"),
     "codec": "topk(0.2) | sign",
     "rule": "mean",
+    "before": "nnm(1)",
+    "mixings": ("nnm(1)", "bucketing(2)"),
+    "f": 1,
     "share": 0.5,
     "at": 600.0,
 }

@@ -62,7 +62,7 @@ class Mixing:
         offsets, neighbours = _adjacency(graph)
         degrees = offsets.diff()
         weights = (1 - own) / degrees[_rows(degrees)].double()
-        return cls(offsets, neighbours, weights, torch.where(degrees > 0, own, 1.0).double())
+        return cls(offsets, neighbours, weights, (degrees == 0).double().clamp(min=own))
 
     @classmethod
     def proportional(cls, graph: nx.Graph, counts: Tensor) -> Mixing:
