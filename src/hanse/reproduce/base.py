@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from hanse.attacks import Attack
 from hanse.codecs.base import Codec
 from hanse.core.errors import CheckpointError, DivergedError
 from hanse.data.partition import Partition, natural
@@ -189,6 +190,7 @@ def watch(
     seconds: float | None = None,
     chunk: int = 20,
     codec: Codec | None = None,
+    attack: Attack | None = None,
 ) -> Run:
     """A run of ``rounds`` rounds or ``seconds`` virtual seconds, whose network ``look`` gets after every round."""
     # A fixed arrangement, so that the numbers do not depend on what a machine finds fastest.
@@ -202,6 +204,7 @@ def watch(
         seconds=seconds,
         evaluate=0,
         codec=codec,
+        attack=attack,
         engine=engine,
         writers=[listener],
         on_start=listener.start,

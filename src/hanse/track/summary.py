@@ -30,7 +30,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
         run = members[0]
         rivals = [_but_seed(other[0]) for other in alike.values() if other[0].method == run.method]
         own = [key for key in dict.fromkeys(k for r in rivals for k in r) if len({r.get(key) for r in rivals}) > 1]
-        head = run.settings.get("method", run.method) if "method" in own else run.method
+        head = _difference("method", run, rivals) if "method" in own else run.method
         labelled[" ".join([head, *(_difference(k, run, rivals) for k in own if k != "method")])] = members
     return labelled
 
