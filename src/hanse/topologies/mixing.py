@@ -117,7 +117,7 @@ class Mixing:
         if x.device.type != "cpu":
             return matrix @ x
         out, step = torch.empty_like(x), max(CHUNK // nodes, COLUMNS)
-        for some, into in zip(x.split(step, 1), out.split(step, 1), strict=True):
+        for some, into in zip(torch.split(x, step, 1), torch.split(out, step, 1), strict=True):
             torch.addmm(into, matrix, some, beta=0, out=into)
         return out
 
