@@ -27,7 +27,7 @@ from hanse.data.partition import iid
 from hanse.data.tasks import digits
 from hanse.federation import Federation
 from hanse.methods.fedavg import FedAvg
-from hanse.reproduce.base import SEEDS, Findings, Property, panels, test_accuracy, watch
+from hanse.reproduce.base import SEEDS, Findings, Property, panels, test_accuracy, ticks, watch
 from hanse.schedules.synchronous import synchronous
 from hanse.track.figures import COLOURS
 
@@ -116,6 +116,7 @@ def draw(curves: dict[str, dict[str, list[float]]], scores: dict[str, dict[str, 
         for colour, name in zip(COLOURS, shown, strict=False):
             ax.plot(NOISE, curves[bad][name], "o-", color=colour, label=name)
         ax.set(xscale="log", xlabel="noise / mean", title=f"{F} of {P} {bad}, 10 times as long", ylim=(-1.05, 1.05))
+        ticks(ax, NOISE)
     left.set_ylabel("cosine with the mean")
     worst = {name: min(v for attack, v in found.items() if attack != "none") for name, found in scores.items()}
     right.barh([*worst], [*worst.values()], color=[COLOURS[0] if "Flag" in n else "#8c8c8c" for n in worst])
