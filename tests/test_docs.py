@@ -75,6 +75,16 @@ print(run.history[-1]["metrics"]["accuracy"])
     assert float(python("-c", blocks("docs/writing-a-method.md")[0] + run, cwd=tmp_path)) > 0.5
 
 
+def test_the_peers_of_the_docs_learn_from_each_other(tmp_path: Path) -> None:
+    run = """
+import hanse as hs
+fed = hs.Federation(hs.tasks.digits(hidden=16), clients=8, partition=hs.shards(4), fleet=hs.fleet.phones())
+run = hs.run(fed, hs.methods.FedAvg(lr=0.3, batch=8), whisper(), rounds=20, evaluate=0)
+print(run.history[-1]["metrics"]["node_accuracy"])
+"""
+    assert float(python("-c", blocks("docs/peers.md")[0] + run, cwd=tmp_path)) > 0.6
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_to_files_lead_somewhere(page: str) -> None:
     links = re.findall(r"(?:\]\(|src=\")(?!https?:|#)([^)#\"]+)", (ROOT / page).read_text())
