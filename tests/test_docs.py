@@ -79,7 +79,7 @@ def test_the_peers_of_the_docs_learn_from_each_other(tmp_path: Path) -> None:
     run = """
 import hanse as hs
 fed = hs.Federation(hs.tasks.digits(hidden=16), clients=8, partition=hs.shards(4), fleet=hs.fleet.phones())
-run = hs.run(fed, hs.methods.FedAvg(lr=0.3, batch=8), whisper(), rounds=20, evaluate=0)
+run = hs.run(fed, hs.methods.FedAvg(lr=0.3, batch=8), whisper(), rounds=60, evaluate=0)
 print(run.history[-1]["metrics"]["node_accuracy"])
 """
     assert float(python("-c", blocks("docs/peers.md")[0] + run, cwd=tmp_path)) > 0.6
