@@ -274,7 +274,8 @@ def _good(found: float, goal: float, lower: bool) -> bool:
 
 def metric_text(metric: str) -> str:
     """The name of a metric for people."""
-    return "training loss" if metric == "loss" else metric.replace("_worst10", ", worst 10 %").replace("_", " ")
+    spelt = {"loss": "training loss", "consensus": "distance from consensus"}
+    return spelt.get(metric, metric.replace("_worst10", ", worst 10 %").replace("_", " "))
 
 
 def is_share(metric: str) -> bool:
