@@ -176,14 +176,14 @@ def test_among_peers_there_are_columns_for_the_nodes():
         made.history[-1]["metrics"] |= {"node_accuracy": accuracy, "consensus": distance}
     one.clients |= {"sent": torch.tensor([1000, 2000, 3000, 4000]), "received": torch.tensor([0, 0, 0, 6000])}
     headers, rows = table_text([one, other])
-    assert headers[-4:] == ["final accuracy, mean of the nodes", "consensus distance", "bytes of a node", "of the busiest"]
+    assert headers[-4:] == ["final accuracy, mean of the nodes", "distance from consensus", "bytes of a node", "of the busiest"]
     assert [row[-4:] for row in rows] == [["70.0 %", "0.25", "4 kB", "10 kB"], ["80.0 %", "0.0625", "-", "-"]]
     assert headline([one, other]) == "accuracy"
     assert {"consensus-rounds", "node_accuracy-rounds"} <= draw_all([one, other]).keys()
 
 
 def test_a_server_has_no_such_columns():
-    assert "consensus distance" not in table_text([run()])[0]
+    assert "distance from consensus" not in table_text([run()])[0]
 
 
 def test_one_rule_with_and_without_privacy_is_told_apart():

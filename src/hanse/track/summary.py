@@ -391,7 +391,7 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     peers = any("node" in row for row in rows)
     headers += [
         f"final {metric_text(metric)}, mean of the nodes",
-        "consensus distance",
+        metric_text("consensus"),
         "bytes of a node",
         "of the busiest",
     ] * peers
