@@ -22,6 +22,9 @@ REQUIRED: dict[str, object] = {
     "parts": (1, "exponential(2)"),
     "stages": ("topk", "uniform"),
     "codec": "topk(0.2) | sign",
+    "f": 2,
+    "before": "nnm(2)",
+    "rule": "krum(2)",
 }
 
 

@@ -73,8 +73,7 @@ def gram(rows: Tensor, reference: int | None = None, used: Tensor | None = None,
             total += x @ x.T
         return total
 
-    found = sum(spread(some, rows), rows.new_zeros(p, p, dtype=torch.float64))
-    return (found + found.T) / 2
+    return symmetric(sum(spread(some, rows), rows.new_zeros(p, p, dtype=torch.float64)))
 
 
 def near(rows: Tensor, used: Tensor | None = None, columns: int = 1024) -> int | None:
@@ -92,6 +91,11 @@ def near(rows: Tensor, used: Tensor | None = None, columns: int = 1024) -> int |
     if bool(middle[best] > 0.01 * sample[best].square().sum()):
         return None
     return best if used is None else int(used[best])
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """Inner products without the rounding that makes ``<x, y>`` differ from ``<y, x>``, and two rows nearest to each other unequal."""
+    return (gram + gram.T) / 2
 
 
 def distances(gram: Tensor) -> Tensor:
