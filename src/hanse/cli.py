@@ -183,14 +183,18 @@ def reproduce(
 
 
 def bench(
-    workloads: Annotated[list[str] | None, typer.Argument(help="W1 to W4 [all], or codecs", show_default=False)] = None,
+    workloads: Annotated[list[str] | None, typer.Argument(help="W1 to W4 [all], codecs or aggregators", show_default=False)] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions.", min=1)] = 3,
+    columns: Annotated[int, typer.Option(help="Numbers in each of the 50 rows for aggregators.", min=1000)] = 10_000_000,
     json_: Json = False,
 ) -> None:
-    """Time hanse against the raw PyTorch loop, or codecs against each other, side by side, each in a process of its own."""
+    """Time hanse against the raw PyTorch loop, codecs against each other, or aggregators against the mean.
+
+    Side by side, each in a process of its own.
+    """
     from hanse.bench.runner import run as run_bench
 
-    run_bench(workloads or [], repeats, json_)
+    run_bench(workloads or [], repeats, json_, columns)
 
 
 app.command()(_settings_options(run))

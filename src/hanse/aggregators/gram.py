@@ -94,7 +94,7 @@ def near(rows: Tensor, used: Tensor | None = None, columns: int = 1024) -> int |
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """Inner products without the rounding that makes ``<x, y>`` differ from ``<y, x>``, and two rows nearest to each other unequal."""
+    """Inner products without the rounding that makes ``<x, y>`` and ``<y, x>`` differ, and so two rows nearest to each other."""
     return (gram + gram.T) / 2
 
 

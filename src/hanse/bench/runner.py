@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from hanse.bench import codecs
+from hanse.bench import aggregators, codecs
 from hanse.bench.workloads import Name, export
 from hanse.core.errors import HanseError, unknown
 
@@ -100,12 +100,12 @@ def differences(table: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def run(workloads: list[str], repeats: int, as_json: bool) -> None:
-    """Measure, print a table a workload, and fail when cases that should agree do not."""
+def run(workloads: list[str], repeats: int, as_json: bool, columns: int = aggregators.COLUMNS) -> None:
+    """Measure, print a table a workload, and fail when cases that should agree do not. ``columns`` is for aggregators."""
     names: tuple[Name, ...] = get_args(Name)
     for asked in workloads:
-        if asked not in (*names, "codecs"):
-            raise unknown("workload", asked, (*names, "codecs"))
+        if asked not in (*names, "codecs", "aggregators"):
+            raise unknown("workload", asked, (*names, "codecs", "aggregators"))
     progress, out, everything, different = Console(stderr=True), Console(), list[dict[str, Any]](), list[str]()
     for workload in [name for name in names if name in workloads or not workloads]:
         with tempfile.TemporaryDirectory() as folder:
@@ -127,6 +127,17 @@ def run(workloads: list[str], repeats: int, as_json: bool) -> None:
             for row in table:
                 speeds = f"{row['encode_gb_s']:.2f}", f"{row['decode_gb_s']:.2f}"
                 shown.add_row(row["case"], f"{row['size']:,}", f"{row['ratio']:.2f}", f"{row['error']:.4f}", *speeds)
+            out.print(shown)
+    if "aggregators" in workloads:
+        table = aggregators.rows(repeats, one, columns)
+        everything += table
+        if not as_json:
+            title = f"aggregators, {aggregators.CLIENTS} rows of {columns:,}"
+            shown = Table("rule", "seconds", "ratio to the mean", "byzfl, ratio to the mean", "columns there", title=title)
+            for row in table:
+                theirs = f"{row['byzfl_ratio']:.1f}" if "byzfl_ratio" in row else row.get("byzfl_error", "")
+                size = f"{row['byzfl_columns']:,}" if "byzfl_ratio" in row else ""
+                shown.add_row(row["case"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}", theirs, size)
             out.print(shown)
     if as_json:
         print(json.dumps(everything))
