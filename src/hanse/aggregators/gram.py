@@ -43,6 +43,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def taken(rows: Tensor, used: Tensor | None) -> Tensor:
+    """The rows ``used`` int64 ``[p]``; None: all, without a copy. Plain indexing takes twice as long."""
+    return rows if used is None else rows.index_select(0, used)
+
+
 def finite(rows: Tensor) -> Tensor:
     """Which rows ``[C, P]`` have neither NaN nor infinity, bool ``[C]``."""
 
@@ -67,7 +72,7 @@ def gram(rows: Tensor, reference: int | None = None, used: Tensor | None = None,
     def some(spans: list[slice]) -> Tensor:
         total = rows.new_zeros(p, p, dtype=torch.float64)
         for span in spans:
-            x = (rows[:, span] if used is None else rows[used, span]).to(kind)
+            x = taken(rows[:, span], used).to(kind)
             if reference is not None:
                 x = x - rows[reference, span].to(kind)
             total += x @ x.T
@@ -84,7 +89,7 @@ def near(rows: Tensor, used: Tensor | None = None, columns: int = 1024) -> int |
     in the middle of the others (least median distance) on some thousand columns, so that a row far off does not spoil the rest.
     """
     sample = rows[:, :: max(1, rows.shape[1] // columns)].double()
-    sample = sample if used is None else sample[used]
+    sample = taken(sample, used)
     between = torch.cdist(sample, sample, compute_mode="donot_use_mm_for_euclid_dist").square()
     middle = between.nan_to_num(torch.inf).median(1).values
     best = int(middle.argmin())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hanse.aggregators.gram import gram, near, spread, symmetric, wide
+from hanse.aggregators.gram import gram, near, spread, symmetric, taken, wide
 
 
 class Rows:
@@ -28,7 +28,7 @@ class Rows:
 
     def __getitem__(self, span: slice) -> Tensor:
         """Columns ``span``, ``[p, n]``; to be read only."""
-        x = (self.data[:, span] if self._used is None else self.data[self._used, span]).to(self.dtype)
+        x = taken(self.data[:, span], self._used).to(self.dtype)
         return x if self._mix is None else self._mix.to(x) @ x
 
     def gram(self, centred: bool) -> Tensor | None:
@@ -63,7 +63,7 @@ class Rows:
 
         def some(spans: list[slice]) -> None:
             for span in spans:
-                out[span] = c @ (self.data[:, span] if used is None else self.data[used, span]).to(self.dtype)
+                out[span] = c @ taken(self.data[:, span], used).to(self.dtype)
 
         spread(some, self.data)
         return out

@@ -74,13 +74,13 @@ def measure(name: str, clients: int = CLIENTS, columns: int = COLUMNS, repeats: 
     found = {"case": name, "clients": clients, "columns": columns, **seconds(Aggregator.parse(name), rows, repeats)}
     theirs, judge = RULES.get(name), byzfl() if peer else None
     if theirs and judge is not None:
-        work = getattr(judge, theirs[0])(**theirs[1])
+        rule, settings = getattr(judge, theirs[0]), theirs[1]
         small = rows[:, : max(1, columns // 10)].contiguous()
         try:
-            beside = seconds(work, small, 1)
+            beside = seconds(lambda x: rule(**settings)(x), small, 1)
             found["byzfl_columns"] = small.shape[1]
             if beside["seconds"] * 10 <= 60:
-                beside = seconds(work, rows, 1)
+                beside = seconds(lambda x: rule(**settings)(x), rows, 1)
                 found["byzfl_columns"] = columns
             found |= {"byzfl_s": beside["seconds"], "byzfl_ratio": beside["ratio"]}
         except RuntimeError as error:  # torch.quantile takes 16 million numbers at most
