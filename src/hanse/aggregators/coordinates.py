@@ -25,7 +25,10 @@ def ordered(x: Tensor) -> Tensor:
         return x.sort(0).values
     p, n = x.shape
     rows = x.numpy()
-    columns = np.full((n, 1 << (p - 1).bit_length()), np.inf, rows.dtype)  # sorts of 32 take two thirds of the time of sorts of 30
+    # Sorting 32 numbers takes two thirds of the time of sorting 30. But columns that lie a power of two apart share a few places
+    # of the cache, and reading across them takes twice as long; so four places stay empty between them.
+    width = 1 << (p - 1).bit_length()
+    columns = np.full((n, width + 4), np.inf, rows.dtype)[:, :width]
     columns[:, :p] = rows.T
     columns.sort(axis=1)
     return torch.from_numpy(columns[:, :p]).T

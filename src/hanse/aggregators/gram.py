@@ -24,7 +24,7 @@ def spread(work: Callable[[list[slice]], T], rows: Tensor) -> list[T]:
     """``work`` on each share of the chunks of columns of ``rows``, in their order, on as many threads as torch may use."""
     height, size = rows.shape
     # An accelerator wants fewer and larger pieces, and has no cache to fit.
-    step = max(64, (CHUNK if rows.device.type == "cpu" else 256 * CHUNK) // max(1, height))
+    step = max(64, (CHUNK if rows.device.type == "cpu" else 256 * CHUNK) // max(1, height)) | 16  # powers of two share cache places
     spans = [slice(start, min(start + step, size)) for start in range(0, size, step)]
     share = max(1, -(-len(spans) // LANES))
     shares = [spans[i : i + share] for i in range(0, len(spans), share)]
