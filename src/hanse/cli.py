@@ -187,11 +187,13 @@ def reproduce(
 
 
 def bench(
-    workloads: Annotated[list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, or gossip", show_default=False)] = None,
+    workloads: Annotated[
+        list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, aggregators, or gossip", show_default=False)
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions.", min=1)] = 3,
     json_: Json = False,
 ) -> None:
-    """Time hanse against the raw PyTorch loop, codecs against each other, or gossip, side by side, each in a process of its own."""
+    """Time hanse against the raw PyTorch loop, or parts of one kind against each other, each in a process of its own."""
     from hanse.bench.runner import run as run_bench
 
     run_bench(workloads or [], repeats, json_)

@@ -22,10 +22,10 @@ REQUIRED: dict[str, object] = {
     "parts": (1, "exponential(2)"),
     "stages": ("topk", "uniform"),
     "codec": "topk(0.2) | sign",
-    "rule": "mean",
-    "before": "nnm(1)",
+    "f": 2,
+    "before": "nnm(2)",
     "mixings": ("nnm(1)", "bucketing(2)"),
-    "f": 1,
+    "rule": "krum(2)",
     "share": 0.5,
     "at": 600.0,
 }

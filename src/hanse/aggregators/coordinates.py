@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,15 @@ def ordered(x: Tensor) -> Tensor:
     """``[p, n]`` with every column sorted; ``x`` is not changed."""
     if x.device.type != "cpu":
         return x.sort(0).values
-    columns = packed(x.T)
-    columns.numpy().sort(axis=1)
-    return columns.T
+    p, n = x.shape
+    rows = x.numpy()
+    # Sorting 32 numbers takes two thirds of the time of sorting 30. But columns that lie a power of two apart share a few places
+    # of the cache, and reading across them takes twice as long; so four places stay empty between them.
+    width = 1 << (p - 1).bit_length()
+    columns = np.full((n, width + 4), np.inf, rows.dtype)[:, :width]
+    columns[:, :p] = rows.T
+    columns.sort(axis=1)
+    return torch.from_numpy(columns[:, :p]).T
 
 
 def packed(x: Tensor) -> Tensor:
@@ -47,11 +54,14 @@ def nearest(x: Tensor, centre: Tensor, k: int) -> Tensor:
     lost x_s and gained x_(s+k); so each place of the window can be followed by itself, and what is lost is never added to anything.
     """
     x, twice = packed(x), 2 * centre
+    kind, sign = (torch.int64, 63) if x.dtype == torch.float64 else (torch.int32, 31)
     for start in range(0, len(x) - k, k):
         gained = x[start + k : start + 2 * k]
         lost = x[start : start + len(gained)]
-        inside = x[: len(gained)]
-        torch.where(gained + lost < twice, gained, inside, out=inside)
+        inside = x[: len(gained)].view(kind)
+        # where(gained + lost < twice, gained, inside) on bits, all ones where the difference is negative: in half the time.
+        moves = torch.add(gained, lost).sub_(twice).view(kind).bitwise_right_shift_(sign)
+        inside.bitwise_xor_(moves.bitwise_and_(gained.view(kind) ^ inside))
     return x[:k].mean(0)
 
 

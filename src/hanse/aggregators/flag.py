@@ -88,7 +88,8 @@ def _leading(K: Tensor, F: Tensor, m: int) -> Tensor:
     squares, V = torch.linalg.eigh(F.T @ K @ F)
     squares, V = squares[-m:], V[:, -m:]
     there = squares > 1e-12 * squares[-1]
-    return F @ V[:, there] / squares[there].sqrt()
+    found: Tensor = F @ V[:, there] / squares[there].sqrt()
+    return found
 
 
 def _unexplained(K: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def spread(work: Callable[[list[slice]], T], rows: Tensor) -> list[T]:
     """``work`` on each share of the chunks of columns of ``rows``, in their order, on as many threads as torch may use."""
     height, size = rows.shape
     # An accelerator wants fewer and larger pieces, and has no cache to fit.
-    step = max(64, (CHUNK if rows.device.type == "cpu" else 256 * CHUNK) // max(1, height))
+    step = max(64, (CHUNK if rows.device.type == "cpu" else 256 * CHUNK) // max(1, height)) | 16  # powers of two share cache places
     spans = [slice(start, min(start + step, size)) for start in range(0, size, step)]
     share = max(1, -(-len(spans) // LANES))
     shares = [spans[i : i + share] for i in range(0, len(spans), share)]
@@ -41,6 +41,11 @@ def spread(work: Callable[[list[slice]], T], rows: Tensor) -> list[T]:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What rows of ``dtype`` are computed in: float64 as it is, all else in float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def taken(rows: Tensor, used: Tensor | None) -> Tensor:
+    """The rows ``used`` int64 ``[p]``; None: all, without a copy. Plain indexing takes twice as long."""
+    return rows if used is None else rows.index_select(0, used)
 
 
 def finite(rows: Tensor) -> Tensor:
@@ -67,14 +72,13 @@ def gram(rows: Tensor, reference: int | None = None, used: Tensor | None = None,
     def some(spans: list[slice]) -> Tensor:
         total = rows.new_zeros(p, p, dtype=torch.float64)
         for span in spans:
-            x = (rows[:, span] if used is None else rows[used, span]).to(kind)
+            x = taken(rows[:, span], used).to(kind)
             if reference is not None:
                 x = x - rows[reference, span].to(kind)
             total += x @ x.T
         return total
 
-    found = sum(spread(some, rows), rows.new_zeros(p, p, dtype=torch.float64))
-    return (found + found.T) / 2
+    return symmetric(sum(spread(some, rows), rows.new_zeros(p, p, dtype=torch.float64)))
 
 
 def near(rows: Tensor, used: Tensor | None = None, columns: int = 1024) -> int | None:
@@ -85,13 +89,18 @@ def near(rows: Tensor, used: Tensor | None = None, columns: int = 1024) -> int |
     in the middle of the others (least median distance) on some thousand columns, so that a row far off does not spoil the rest.
     """
     sample = rows[:, :: max(1, rows.shape[1] // columns)].double()
-    sample = sample if used is None else sample[used]
+    sample = taken(sample, used)
     between = torch.cdist(sample, sample, compute_mode="donot_use_mm_for_euclid_dist").square()
     middle = between.nan_to_num(torch.inf).median(1).values
     best = int(middle.argmin())
     if bool(middle[best] > 0.01 * sample[best].square().sum()):
         return None
     return best if used is None else int(used[best])
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """Inner products without the rounding that makes ``<x, y>`` and ``<y, x>`` differ, and so two rows nearest to each other."""
+    return (gram + gram.T) / 2
 
 
 def distances(gram: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hanse.aggregators.base import Aggregator, Faulty, Mixing, need
-from hanse.aggregators.gram import distances
+from hanse.aggregators.gram import distances, symmetric
 from hanse.aggregators.rows import Rows
 from hanse.core.streams import Streams
 
@@ -84,7 +84,7 @@ class series(Mixing):
     def matrix(self, gram: Tensor) -> Tensor:
         total = torch.eye(len(gram)).to(gram)
         for mixing in self.mixings:
-            total = mixing.matrix(total @ gram @ total.T) @ total
+            total = mixing.matrix(symmetric(total @ gram @ total.T)) @ total
         return total
 
     def __str__(self) -> str:
@@ -94,6 +94,10 @@ class series(Mixing):
 
     def full(self) -> str:
         return " | ".join(mixing.full() for mixing in self.mixings)
+
+    @property
+    def short_name(self) -> str:
+        return "_".join(mixing.short_name for mixing in self.mixings)
 
 
 class mixed(Aggregator):

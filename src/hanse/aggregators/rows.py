@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hanse.aggregators.gram import gram, near, spread, wide
+from hanse.aggregators.gram import gram, near, spread, symmetric, taken, wide
 
 
 class Rows:
@@ -28,7 +28,7 @@ class Rows:
 
     def __getitem__(self, span: slice) -> Tensor:
         """Columns ``span``, ``[p, n]``; to be read only."""
-        x = (self.data[:, span] if self._used is None else self.data[self._used, span]).to(self.dtype)
+        x = taken(self.data[:, span], self._used).to(self.dtype)
         return x if self._mix is None else self._mix.to(x) @ x
 
     def gram(self, centred: bool) -> Tensor | None:
@@ -39,14 +39,14 @@ class Rows:
         if centred not in self._grams:
             reference = near(self.data, self._used) if centred else None
             found = gram(self.data, reference, self._used, self.exact)
-            self._grams[centred] = found if self._mix is None else self._mix @ found @ self._mix.T
+            self._grams[centred] = found if self._mix is None else symmetric(self._mix @ found @ self._mix.T)
         found = self._grams[centred]
         return found if bool(found.isfinite().all()) else None
 
     def mixed(self, m: Tensor) -> Rows:
         """``m @ self``, for ``m`` float64 ``[B, p]``. Where its rows do not sum to 1, centred inner products have no meaning."""
         found = Rows(self.data, m if self.matrix is None else m @ self.matrix, self.exact)
-        found._grams = {centred: m @ known @ m.T for centred, known in self._grams.items()}
+        found._grams = {centred: symmetric(m @ known @ m.T) for centred, known in self._grams.items()}
         return found
 
     def combined(self, c: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Rows:
 
         def some(spans: list[slice]) -> None:
             for span in spans:
-                out[span] = c @ (self.data[:, span] if used is None else self.data[used, span]).to(self.dtype)
+                out[span] = c @ taken(self.data[:, span], used).to(self.dtype)
 
         spread(some, self.data)
         return out

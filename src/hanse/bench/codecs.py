@@ -158,6 +158,15 @@ def measure(name: str, size: int, repeats: int = 5) -> dict[str, Any]:
     return {"case": name, "size": size, "bytes": len(data), "error": error, "encode_s": encoding, "decode_s": decoding}
 
 
+HEADERS = "codec", "numbers", "times shorter", "relative error", "GB/s to bytes", "GB/s back"
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row for people."""
+    speeds = f"{row['encode_gb_s']:.2f}", f"{row['decode_gb_s']:.2f}"
+    return row["case"], f"{row['size']:,}", f"{row['ratio']:.2f}", f"{row['error']:.4f}", *speeds
+
+
 def rows(repeats: int, one: Callable[[list[str]], dict[str, Any]], sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
     """One row for each way and size; ``one`` runs a command and gives the last line of its output."""
     best: dict[tuple[int, str], dict[str, Any]] = {}

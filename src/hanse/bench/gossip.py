@@ -44,6 +44,15 @@ def measure(name: str, nodes: int = NODES, size: int = SIZE, repeats: int = 5) -
     return {"case": name, "nodes": nodes, "size": size, **dict(zip(TIMES, least, strict=True))}
 
 
+HEADERS = "topology", "nodes", "numbers a node", "s", "of a copy", "of dense"
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row for people."""
+    ratios = f"{row['of_copy']:.2f}", f"{row['of_dense']:.3f}"
+    return row["case"], f"{row['nodes']:,}", f"{row['size']:,}", f"{row['seconds']:.4f}", *ratios
+
+
 def rows(repeats: int, one: Callable[[list[str]], dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each topology; ``one`` runs a command and gives the last line of its output."""
     best: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from hanse.bench import codecs, gossip
+from hanse.bench import aggregators, codecs, gossip
 from hanse.bench.workloads import Name, export
 from hanse.core.errors import HanseError, unknown
 
@@ -100,12 +100,16 @@ def differences(table: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+PARTS = {"codecs": codecs, "aggregators": aggregators, "gossip": gossip}
+"""Parts side by side, each in a file with ``rows``, ``HEADERS`` and ``cells``."""
+
+
 def run(workloads: list[str], repeats: int, as_json: bool) -> None:
     """Measure, print a table a workload, and fail when cases that should agree do not."""
     names: tuple[Name, ...] = get_args(Name)
     for asked in workloads:
-        if asked not in (*names, "codecs", "gossip"):
-            raise unknown("workload", asked, (*names, "codecs", "gossip"))
+        if asked not in (*names, *PARTS):
+            raise unknown("workload", asked, (*names, *PARTS))
     progress, out, everything, different = Console(stderr=True), Console(), list[dict[str, Any]](), list[str]()
     for workload in [name for name in names if name in workloads or not workloads]:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,23 +123,15 @@ def run(workloads: list[str], repeats: int, as_json: bool) -> None:
                 shown.add_row(row["case"], *numbers, f"{row['loss']:.5f}", f"{row['accuracy']:.4f}")
             out.print(shown)
         different += [f"{workload}: {text}" for text in differences(table)]
-    if "codecs" in workloads:
-        table = codecs.rows(repeats, one)
+    for name, part in PARTS.items():
+        if name not in workloads:
+            continue
+        table = part.rows(repeats, one)
         everything += table
         if not as_json:
-            shown = Table("codec", "numbers", "times shorter", "relative error", "GB/s to bytes", "GB/s back", title="codecs")
+            shown = Table(*part.HEADERS, title=name)
             for row in table:
-                speeds = f"{row['encode_gb_s']:.2f}", f"{row['decode_gb_s']:.2f}"
-                shown.add_row(row["case"], f"{row['size']:,}", f"{row['ratio']:.2f}", f"{row['error']:.4f}", *speeds)
-            out.print(shown)
-    if "gossip" in workloads:
-        table = gossip.rows(repeats, one)
-        everything += table
-        if not as_json:
-            shown = Table("topology", "nodes", "numbers a node", "s", "of a copy", "of dense", title="gossip")
-            for row in table:
-                ratios = f"{row['of_copy']:.2f}", f"{row['of_dense']:.3f}"
-                shown.add_row(row["case"], f"{row['nodes']:,}", f"{row['size']:,}", f"{row['seconds']:.4f}", *ratios)
+                shown.add_row(*part.cells(row))
             out.print(shown)
     if as_json:
         print(json.dumps(everything))
