@@ -345,6 +345,8 @@ class LocalNetwork:
         """What ``clients`` receive of a message, once if all the same, and its bytes, int64 ``[C]``; the same is encoded once."""
         if parts is not None:
             return self._in_parts(message, clients, parts)
+        if self.down.sparse:
+            raise ConfigError(f"schedule: not allowed with {self.method}: only synchronous sends each client its part of a message")
         round, before, received, size = self._received
         if self.down.plain:
             received, size = message, wire_size(message)
