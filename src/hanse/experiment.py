@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from hanse.attacks import Attack
 from hanse.codecs.base import Codec, identity

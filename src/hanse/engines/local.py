@@ -323,7 +323,7 @@ class LocalNetwork:
         messages, sizes = self._down(message, clients, parts)
         share = self.shares(clients)
         sizes += self._agree(clients) + (0 if share is None else SHARE_BYTES)
-        numbers = np.array([self.pending.post(work, message) for message in messages])
+        numbers = np.array([self.pending.post(work, message) for message in messages], dtype=np.int64)
         return self.clock.send(clients, self.round, self._keys(who), numbers, sizes, task, patience, share)
 
     def _task(self, clients: Tensor, steps: Tensor | None) -> Work:
@@ -359,6 +359,8 @@ class LocalNetwork:
 
     def _in_parts(self, message: Tensors, clients: Tensor, parts: Tensor) -> tuple[list[Tensors], Tensor]:
         """A message of which each client gets a part of its own."""
+        if not len(clients):
+            return [], torch.zeros(0, dtype=torch.int64)
         sent = {
             n: self.down.roundtrip(t.repeat(len(clients), 1), replace(self._broadcast(n, t, clients), share=parts))
             for n, t in _vectors(message).items()

@@ -12,10 +12,10 @@ Xu, Lyu: "A Reputation Mechanism Is All You Need: Collaborative Fairness and Adv
              q_i = max(r_i, 0) / max_j r_j
              v_i = in each layer of n entries the ceil(q_i n) of g of largest magnitude, else 0
 
-The paper's round ends with the reward. Here a reward travels with the next request, and the client adds it before it trains, which is
-the same sequence of sums; so round 0 brings g = 0 to everyone, whole (as many bytes as the start, which all know, would take), and
-the reward of the last round is never sent: a client's own model is that after its last own update. ``reward="replace"`` reads the
-paper's text another way: the reward takes the place of u_i, which the client sends and does not add.
+The paper's round ends with the reward. Here a reward travels with the next request and is added before training, which is the same
+sequence of sums. So round 0 brings g = 0 to everyone, whole (as many bytes as the start, which all know, would take), and the last
+reward is never sent: a client's own model is that after its last own update. ``reward="replace"`` reads the paper's text
+another way: the reward takes the place of u_i, which the client sends and does not add.
 
 Our choices, where the paper and its code leave something open or differ:
 
@@ -26,7 +26,7 @@ Our choices, where the paper and its code leave something open or differ:
                      round a client has 1 / N. Full participation, which the paper assumes, makes it the formulas above
     round 10         counts the rounds of the client itself
     lies about norm  the server cuts u_i to norm gamma as well, and takes 0 for one that is not finite
-    x                the sum of all g on the start: who gets everything and gives nothing. It is there to be looked at, and never sent
+    x                the start plus every g: who gets all and gives nothing. It is there to be looked at, and never sent
     batch norm       statistics are no part of u; they have to be private
 
 Known gaps: reputation is relative, so that a hostile majority wins; sizes n_i are what clients say (``weights="uniform"`` does
@@ -58,6 +58,11 @@ from hanse.methods.fedavg import FedAvg
 
 TINY = 1e-10
 """Least product of norms that a cosine is divided by."""
+
+
+def cosines(u: Tensor, g: Tensor) -> Tensor:
+    """phi of updates ``[C, P]`` with ``g`` ``[P]``, ``[C]``; 0 where one of both is."""
+    return u @ g / (u.norm(dim=1) * g.norm()).clamp(min=TINY)
 
 
 class RFFL(FedAvg):
@@ -138,15 +143,14 @@ class RFFL(FedAvg):
         u, w = self.cut(reply.rows["u"]), r[who].clamp(min=0)
         w = w if bool(w.sum() > 0) else n
         g = (w / w.sum()).to(u) @ u
-        phi = u @ g / (u.norm(dim=1) * g.norm()).clamp(min=TINY)
-        r = r.index_copy(0, who, self.judged(r[who], seen[who], phi.double().cpu()))
+        r = r.index_copy(0, who, self.judged(r[who], seen[who], cosines(u, g).double().cpu()))
         seen = seen.index_add(0, who, torch.ones_like(who))
         active = active & ~((seen > self.warmup) & (r < self.beta / int(active.sum())))
         r = torch.where(active, r, 0)
         return {**state, "x": state["x"] + g, "g": g, "r": r / r.sum(), "active": active, "seen": seen}
 
     def opening(self, who: Tensor, n: Tensor, everyone: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Reputations, R and rounds before the first reply, a row each of ``everyone``: its clients share by their weights ``n``."""
+        """Reputations, R and rounds of ``everyone`` before the first reply, whose clients ``who`` share by their weights ``n``."""
         r = torch.full((everyone,), 1 / everyone, dtype=torch.float64).index_copy(0, who, n / n.sum() * (len(who) / everyone))
         return r, torch.ones(everyone, dtype=torch.bool), torch.zeros(everyone, dtype=torch.long)
 
