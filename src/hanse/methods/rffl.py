@@ -62,7 +62,8 @@ TINY = 1e-10
 
 def cosines(u: Tensor, g: Tensor) -> Tensor:
     """phi of updates ``[C, P]`` with ``g`` ``[P]``, ``[C]``; 0 where one of both is."""
-    return u @ g / (u.norm(dim=1) * g.norm()).clamp(min=TINY)
+    phi: Tensor = u @ g / (u.norm(dim=1) * g.norm()).clamp(min=TINY)
+    return phi
 
 
 class RFFL(FedAvg):
