@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import Follow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from hanse.engines.local import LocalNetwork
 from hanse.methods import RFFL, FedAvg
 from hanse.methods.base import State
 from hanse.methods.rffl import cosines
+
+Follow = Callable[..., list[Any]]
 
 P, N = 30, 7
 LAYOUT = Layout({"weight": (5, 5), "bias": (5,)})

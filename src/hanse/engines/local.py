@@ -323,7 +323,7 @@ class LocalNetwork:
         messages, sizes = self._down(message, clients, parts)
         share = self.shares(clients)
         sizes += self._agree(clients) + (0 if share is None else SHARE_BYTES)
-        numbers = np.array([self.pending.post(work, message) for message in messages], dtype=np.int64)
+        numbers = np.array([self.pending.post(work, message) for message in messages])
         return self.clock.send(clients, self.round, self._keys(who), numbers, sizes, task, patience, share)
 
     def _task(self, clients: Tensor, steps: Tensor | None) -> Work:

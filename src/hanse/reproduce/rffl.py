@@ -39,7 +39,7 @@ CAUGHT: dict[str, Attack] = {
 }
 FLIPPED: dict[str, Attack] = {"labels 1 to 7": label_flip(share=SHARE, source=1, target=7)}
 SETTING = (
-    f"Digits, MLP 64-64-10, {HONEST} honest participants with 33, 66, 132, 265 and 529 samples (1:2:4:8:16) and {LIARS} adversaries"
+    f"Digits, MLP 64-64-10, {HONEST} honest participants with 33, 66, 132, 265 and 530 samples (1:2:4:8:16) and {LIARS} adversaries"
     f" with 205, the mean; {ROUNDS} rounds of 2 passes over the data at a rate of 0.1, gamma {GAMMA}, alpha 0.95, beta 1/3,"
     f" removal from round 10 on (rounds are counted from 0), {len(SEEDS)} seeds. Accuracy is on the test set of 360 pictures, of"
     " every participant's own model after its last update. Alone: the same work without rewards, updates not cut. Fairness: 100"
@@ -134,7 +134,7 @@ def draw(found: dict[str, list[Outcome]]) -> Figure:
             left.plot(range(HONEST), outcome.r, f"{marker}-", color=colour, alpha=0.7, label=name if marker == "o" else None)
             right.plot(outcome.alone, outcome.final, marker, color=colour, alpha=0.7)
     left.set(title="honest participants", xlabel="samples", ylabel="reputation after the last round", ylim=(0, None))
-    left.set_xticks(range(HONEST), ["33", "66", "132", "265", "529"])
+    left.set_xticks(range(HONEST), ["33", "66", "132", "265", "530"])
     right.plot([0.6, 1], [0.6, 1], color="grey", lw=0.8, ls=":")
     right.set(title="o, x: seeds", xlabel="test accuracy alone", ylabel="test accuracy of the own model")
     figure.legend(frameon=False, loc="outside lower center", ncols=len(found))
