@@ -151,6 +151,7 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
             found |= {f"attack_{n}": v for n, v in problem.evaluate(x, buffers, *aim).items() if n != "loss"}
     if net.state["x"].dim() > 1:
         found["consensus"] = consensus_distance(net.state["x"][net.honest])
+    if net.state["x"].dim() > 1 or net.method.own_model is not None:
         for name, values in per_node(net).items():
             found |= {f"node_{name}": float(values.mean()), f"node_{name}_worst10": worst_share(values)}
             found[f"node_{name}_variance"] = float(values.var(correction=0))
@@ -164,7 +165,7 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
 
 
 def per_node(net: LocalNetwork) -> Tensors:
-    """Metrics of every honest node's own model on the global test set."""
+    """Metrics of every honest node's own model, or client's that has one, on the global test set."""
     problem, split = net.problem, net.federation.split
     honest = net.honest
     w, size = own_models(net)[honest], len(split.test_x)
@@ -176,9 +177,12 @@ def per_node(net: LocalNetwork) -> Tensors:
 
 
 def own_models(net: LocalNetwork) -> Tensor:
-    """The whole model of every client, ``[N, P]``: the shared part, which among peers is each one's own, and its private one."""
-    w = net.state["x"].expand(net.clients, -1)
-    return torch.cat([w, net.kept.read(torch.arange(net.clients))["private"]], 1) if "private" in net.kept.widths else w
+    """The whole model of every client, ``[N, P]``: the shared part, each one's own among peers and where the rule has it keep one,
+    and its private one.
+    """
+    kept, own = net.kept.read(torch.arange(net.clients)), net.method.own_model
+    w = net.state["x"].expand(net.clients, -1) if own is None else kept[own]
+    return torch.cat([w, kept["private"]], 1) if "private" in kept else w
 
 
 def per_client(net: LocalNetwork) -> Tensors:
@@ -187,7 +191,7 @@ def per_client(net: LocalNetwork) -> Tensors:
     if not int(test.offsets[-1] - test.offsets[0]):
         return {}
     w, buffers = net.state["x"], net.state.get("buffers", problem.start_buffers)
-    if net.personal:
+    if net.personal or net.method.own_model is not None:
         kept, w = net.kept.read(torch.arange(net.clients)), own_models(net)
         buffers = kept.get("buffers", buffers)
         if "buffers" not in kept and buffers.dim() > 1 and net.samples.domains is not None:

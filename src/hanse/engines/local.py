@@ -348,6 +348,8 @@ class LocalNetwork:
         """What ``clients`` receive of a message, once if all the same, and its bytes, int64 ``[C]``; the same is encoded once."""
         if parts is not None:
             return self._in_parts(message, clients, parts)
+        if self.down.sparse:
+            raise ConfigError(f"schedule: not allowed with {self.method}: only synchronous sends each client its part of a message")
         round, before, received, size = self._received
         if self.down.plain:
             received, size = message, wire_size(message)
@@ -360,6 +362,8 @@ class LocalNetwork:
 
     def _in_parts(self, message: Tensors, clients: Tensor, parts: Tensor) -> tuple[list[Tensors], Tensor]:
         """A message of which each client gets a part of its own."""
+        if not len(clients):
+            return [], torch.zeros(0, dtype=torch.int64)
         sent = {
             n: self.down.roundtrip(t.repeat(len(clients), 1), replace(self._broadcast(n, t, clients), share=parts))
             for n, t in _vectors(message).items()

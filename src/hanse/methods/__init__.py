@@ -14,6 +14,7 @@ from hanse.methods.fedspeed import FedSpeed
 from hanse.methods.memory import MIFA, FedVARP
 from hanse.methods.one_by_one import OneByOne
 from hanse.methods.opwa import OPWA
+from hanse.methods.rffl import RFFL
 from hanse.methods.scaffold import Scaffold
 from hanse.methods.scaffold_m import Scaffold_M, Scaffold_M_VR
 from hanse.methods.stale_inversion import FirstOrder, StaleInversion
@@ -23,6 +24,7 @@ __all__ = [
     "AFA_CS",
     "MIFA",
     "OPWA",
+    "RFFL",
     "AverageAll",
     "FedAMD",
     "FedAU",

@@ -49,6 +49,9 @@ class Method(Part):
     keeps: ClassVar[tuple[str, ...]] = ()
     """Names of what a client keeps between rounds; vectors ``[P]``, zero at first, unless ``kept`` says otherwise."""
 
+    own_model: ClassVar[str | None] = None
+    """Which of these is a client's own model ``[P]``, where the server's does not overwrite it."""
+
     batched: ClassVar[bool] = True
     """Whether ``train`` takes many clients side by side; else engines hand it one at a time."""
 

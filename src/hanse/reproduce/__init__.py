@@ -27,6 +27,7 @@ SLUGS = (
     "fedzip",
     "flag",
     "momentum",
+    "rffl",
     "robustness",
     "stale-inversion",
 )
