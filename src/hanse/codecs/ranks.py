@@ -32,9 +32,9 @@ class ranks(Quantise):
     """Of each layer, or of the vector, the order of its n entries: ``reputations``, in ``ceil(log2 n)`` bits an entry.
 
     As federated ranking learning sends (Mozaffari, Shejwalkar, Houmansadr, "Every Vote Counts", USENIX Security 2023, arXiv
-    2110.04350); a permutation of 0 to n - 1 arrives without loss, of any other vector its order does. The shortest code there is
-    would take ``log2 n!``, at n = 100,000 15.2 bits an entry instead of 17, but arithmetic on numbers of n digits. The reader raises
-    ``CodecError`` for what is not a permutation. What arrives has the sender's type, which must be able to hold n - 1.
+    2110.04350). A permutation of 0 to n - 1 arrives without loss, of any other vector its order does, in the vector's type, which
+    must be able to hold n - 1. The shortest code there is would take ``log2 n!``, at n = 100,000 15.2 bits an entry instead of 17,
+    but arithmetic on numbers of n digits. The reader raises ``CodecError`` for what is not a permutation.
     """
 
     bare: ClassVar[bool] = False

@@ -97,6 +97,7 @@ class FRL(Method):
         frozen, rate, passes = network(ctx.problem), ctx.lr, self.epochs
 
         def direction(view: Context, s: Tensor, batch: Batch) -> Tensor:
+            # The optimiser's memory has to stay as it is, so it is the rate that falls, and not the direction.
             done = batch.step * passes // ctx.steps.clamp(min=1)  # passes, by every client
             ctx.lr = rate * ((1 + torch.cos(math.pi / passes * done)) / 2)[:, None].to(s)
             d = view.grad(self._masked(frozen, s), batch).mul_(frozen.theta)
@@ -105,7 +106,7 @@ class FRL(Method):
         ctx.message = {"x": self._scores(frozen, ctx.message)}
         s = ctx.descend(direction)
         one = torch.ones(len(s), dtype=torch.float64, device=s.device)  # sums of float32 are exact only up to 2^24
-        return ctx.upload(one, **self._ranked(frozen, s))
+        return ctx.upload(one, {}, {}, **self._ranked(frozen, s))
 
     def step(self, state: State, reply: Reply, round: int) -> State:
         assert reply.problem is not None
@@ -140,7 +141,7 @@ class FRL(Method):
 
 @dataclass(frozen=True)
 class Network:
-    """What everybody draws from the shared seed: weights ``theta`` and first ``scores`` ``[P]``, of which those in ``edges`` count."""
+    """What everybody draws from the shared seed: ``theta`` and the first ``scores``, each ``[P]``; only ``edges`` have scores."""
 
     edges: tuple[Entry, ...]
     theta: Tensor
