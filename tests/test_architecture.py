@@ -10,13 +10,14 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "hanse"
 
-BELOW = {"core", "data", "fleet", "codecs", "aggregators", "attacks", "privacy", "models"}
+BELOW = {"core", "data", "fleet", "codecs", "topologies", "aggregators", "attacks", "privacy", "models"}
 MAY_IMPORT = {
     "core": set(),
     "models": set(),
     "fleet": {"core"},
     "codecs": {"core"},
-    "aggregators": {"core"},
+    "topologies": {"core"},
+    "aggregators": {"core", "topologies"},
     "attacks": {"core"},
     "privacy": {"core"},
     "data": {"core", "models"},

@@ -7,17 +7,18 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from hanse import aggregators, attacks, codecs, data, engines, fleet, methods, privacy, schedules
-from hanse.aggregators.merging import Merge
+from hanse import aggregators, attacks, codecs, data, engines, fleet, methods, privacy, schedules, topologies
 from hanse.core.optim import Optimizer, Rate
 from hanse.core.part import Part
 
 KINDS: dict[str, type[Part]] = {
     "methods": methods.Method,
     "schedules": schedules.Schedule,
+    "topologies": topologies.Topology,
     "codecs": codecs.Codec,
     "aggregators": aggregators.Aggregator,
-    "merges": Merge,
+    "pre-aggregations": aggregators.Mixing,
+    "merges": aggregators.Merge,
     "attacks": attacks.Attack,
     "privacy": privacy.Privacy,
     "tasks": data.Task,

@@ -136,12 +136,13 @@ def _show(runs: list[Run], as_json: bool) -> None:
 KINDS = (
     "methods",
     "schedules",
+    "topologies",
     "codecs",
     "aggregators",
+    "pre-aggregations",
     "merges",
     "attacks",
     "privacy",
-    "topologies",
     "tasks",
     "partitions",
     "fleets",
@@ -186,11 +187,11 @@ def reproduce(
 
 
 def bench(
-    workloads: Annotated[list[str] | None, typer.Argument(help="W1 to W4 [all], or codecs", show_default=False)] = None,
+    workloads: Annotated[list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, or gossip", show_default=False)] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions.", min=1)] = 3,
     json_: Json = False,
 ) -> None:
-    """Time hanse against the raw PyTorch loop, or codecs against each other, side by side, each in a process of its own."""
+    """Time hanse against the raw PyTorch loop, codecs against each other, or gossip, side by side, each in a process of its own."""
     from hanse.bench.runner import run as run_bench
 
     run_bench(workloads or [], repeats, json_)

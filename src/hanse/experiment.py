@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from hanse.attacks import Attack
 from hanse.codecs.base import Codec, identity
@@ -17,7 +18,6 @@ from hanse.core.errors import DivergedError, PrivacyError, StalledError
 from hanse.core.messages import Tensors
 from hanse.core.samples import Samples
 from hanse.engines.estimate import drive
-from hanse.engines.exchange import consensus_distance
 from hanse.engines.local import LocalNetwork, local
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Jobs
@@ -25,6 +25,7 @@ from hanse.methods.base import Method
 from hanse.privacy import Privacy
 from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
+from hanse.topologies import consensus_distance
 from hanse.track.folder import CLIENTS, Folder, worst_share
 from hanse.track.run import Job, Record, Run
 
@@ -149,7 +150,7 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
         if aim is not None:
             found |= {f"attack_{n}": v for n, v in problem.evaluate(x, buffers, *aim).items() if n != "loss"}
     if net.state["x"].dim() > 1:
-        found["consensus"] = consensus_distance(net.state["x"])
+        found["consensus"] = consensus_distance(net.state["x"][net.honest])
         for name, values in per_node(net).items():
             found |= {f"node_{name}": float(values.mean()), f"node_{name}_worst10": worst_share(values)}
             found[f"node_{name}_variance"] = float(values.var(correction=0))
@@ -165,7 +166,7 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
 def per_node(net: LocalNetwork) -> Tensors:
     """Metrics of every honest node's own model on the global test set."""
     problem, split = net.problem, net.federation.split
-    honest = slice(None) if net.adversaries is None else ~net.adversaries.liars
+    honest = net.honest
     w, size = own_models(net)[honest], len(split.test_x)
     if not size:
         return {}

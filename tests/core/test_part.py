@@ -22,6 +22,12 @@ REQUIRED: dict[str, object] = {
     "parts": (1, "exponential(2)"),
     "stages": ("topk", "uniform"),
     "codec": "topk(0.2) | sign",
+    "rule": "mean",
+    "before": "nnm(1)",
+    "mixings": ("nnm(1)", "bucketing(2)"),
+    "f": 1,
+    "share": 0.5,
+    "at": 600.0,
 }
 
 

@@ -31,7 +31,7 @@ def send(c: Clock, who: Sequence[int], size: int = 0, steps: int = 1, flops: flo
     ids = torch.tensor(who)
     keys = c.tickets + np.arange(len(ids))
     work = Work(torch.full((len(ids),), steps), torch.full((len(ids),), flops, dtype=torch.float64), 0.0)
-    return c.send(ids, 0, keys, 0, size, work, patience)
+    return c.send(ids, 0, keys, np.zeros(1, np.int64), torch.full((len(ids),), size), work, patience)
 
 
 def wait(c: Clock, replies: int = 1, until: float = math.inf, up: int = 0, weighed: list[int] | None = None) -> Events:
@@ -275,7 +275,7 @@ def test_chance_follows_seed_client_and_key() -> None:
         c = clock(fleet, 50)
         ids = torch.tensor(who)
         work = Work(torch.ones(len(ids)).long(), torch.zeros(len(ids)), 0.0)
-        jobs = c.send(ids, 0, np.array(keys), 0, 0, work, math.inf)
+        jobs = c.send(ids, 0, np.array(keys), np.zeros(1, np.int64), torch.zeros(len(ids)), work, math.inf)
         return {int(job["client"]): bool(job["arrives"] >= NEVER) for job in jobs}
 
     everyone = lost(list(range(50)), [3] * 50)
@@ -464,7 +464,7 @@ def test_an_exchange_where_nothing_takes_time_is_sending_weighing_waiting_and_ta
     short, long = clock(ideal()), clock(ideal())
     assert short.still and not clock(devices(job=1)).still
     sizes = torch.arange(1, 5) * 1000
-    short.exchange(4, 7, sizes)
+    short.exchange(torch.full((4,), 7), sizes)
     jobs = send(long, [0, 1, 2, 3], size=7)
     assert not long.still
     long.weigh(jobs["ticket"], sizes)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from made_runs import record, run, working
 
 from hanse.core.errors import CheckpointError, DataError
+from hanse.track.figures import draw_all
 from hanse.track.report import notes, settings, write_report
 from hanse.track.summary import (
     compare,
@@ -167,6 +168,22 @@ def test_what_privacy_has_cost_has_a_column_of_its_own():
     assert "epsilon" not in table_text([plain])[0] and "epsilon" not in summary_table([plain])[0]
     assert headline([private]) == "accuracy"
     json.dumps(summary_table([private, other]), allow_nan=False)
+
+
+def test_among_peers_there_are_columns_for_the_nodes():
+    one, other = run("FedAvg"), run("FedSAM")
+    for made, accuracy, distance in ((one, 0.7, 0.25), (other, 0.8, 0.0625)):
+        made.history[-1]["metrics"] |= {"node_accuracy": accuracy, "consensus": distance}
+    one.clients |= {"sent": torch.tensor([1000, 2000, 3000, 4000]), "received": torch.tensor([0, 0, 0, 6000])}
+    headers, rows = table_text([one, other])
+    assert headers[-4:] == ["final accuracy, mean of the nodes", "consensus distance", "bytes of a node", "of the busiest"]
+    assert [row[-4:] for row in rows] == [["70.0 %", "0.25", "4 kB", "10 kB"], ["80.0 %", "0.0625", "-", "-"]]
+    assert headline([one, other]) == "accuracy"
+    assert {"consensus-rounds", "node_accuracy-rounds"} <= draw_all([one, other]).keys()
+
+
+def test_a_server_has_no_such_columns():
+    assert "consensus distance" not in table_text([run()])[0]
 
 
 def test_one_rule_with_and_without_privacy_is_told_apart():

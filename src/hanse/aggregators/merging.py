@@ -21,7 +21,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from hanse.aggregators.mean import Aggregator
+from hanse.aggregators.base import Aggregator
 from hanse.core.layout import Layout
 from hanse.core.part import Part
 from hanse.topologies import Mixing
@@ -81,6 +81,8 @@ class robust(Merge):
     """How the models become one, e.g. krum(1)."""
 
     def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
-        ends = mixing.offsets.tolist()
-        lists = [mixing.neighbours[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-        return torch.stack([self.rule(torch.cat([own[i : i + 1], received[near]])) for i, near in enumerate(lists)])
+        merged, ends = own.clone(), mixing.offsets.tolist()
+        for i in mixing.degrees.nonzero().squeeze(1).tolist():
+            near = mixing.neighbours[ends[i] : ends[i + 1]]
+            merged[i] = self.rule(torch.cat([own[i : i + 1], received[near]]))
+        return merged

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from hanse.bench import codecs
+from hanse.bench import codecs, gossip
 from hanse.bench.workloads import Name, export
 from hanse.core.errors import HanseError, unknown
 
@@ -104,8 +104,8 @@ def run(workloads: list[str], repeats: int, as_json: bool) -> None:
     """Measure, print a table a workload, and fail when cases that should agree do not."""
     names: tuple[Name, ...] = get_args(Name)
     for asked in workloads:
-        if asked not in (*names, "codecs"):
-            raise unknown("workload", asked, (*names, "codecs"))
+        if asked not in (*names, "codecs", "gossip"):
+            raise unknown("workload", asked, (*names, "codecs", "gossip"))
     progress, out, everything, different = Console(stderr=True), Console(), list[dict[str, Any]](), list[str]()
     for workload in [name for name in names if name in workloads or not workloads]:
         with tempfile.TemporaryDirectory() as folder:
@@ -127,6 +127,15 @@ def run(workloads: list[str], repeats: int, as_json: bool) -> None:
             for row in table:
                 speeds = f"{row['encode_gb_s']:.2f}", f"{row['decode_gb_s']:.2f}"
                 shown.add_row(row["case"], f"{row['size']:,}", f"{row['ratio']:.2f}", f"{row['error']:.4f}", *speeds)
+            out.print(shown)
+    if "gossip" in workloads:
+        table = gossip.rows(repeats, one)
+        everything += table
+        if not as_json:
+            shown = Table("topology", "nodes", "numbers a node", "s", "of a copy", "of the dense product", title="gossip")
+            for row in table:
+                numbers = f"{row['seconds']:.4f}", f"{row['of_copy']:.2f}", f"{row['of_dense']:.3f}"
+                shown.add_row(row["case"], f"{row['nodes']:,}", f"{row['size']:,}", *numbers)
             out.print(shown)
     if as_json:
         print(json.dumps(everything))

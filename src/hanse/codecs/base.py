@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
@@ -14,7 +13,7 @@ from torch import Tensor
 from hanse.core.errors import CodecError, ConfigError
 from hanse.core.layout import Layout
 from hanse.core.messages import Tensors
-from hanse.core.part import Part
+from hanse.core.part import Part, pipeline
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Codec(Part):
     @classmethod
     def parse(cls, text: str) -> Self:
         """As for every part, and ``a | b`` for a chain."""
-        stages = _pipeline(text)
+        stages = pipeline(text)
         if len(stages) == 1:
             return super().parse(text)
         return reduce(or_, map(cls.parse, stages))
@@ -126,19 +125,6 @@ class Codec(Part):
             if not codec.chained():
                 raise ConfigError(f"codec: {self} | {then} is not allowed: {codec} is no stage; it goes around a chain, or alone")
         return Codec.named("chain")(stages=(*self.chained(), *then.chained()))
-
-
-def _pipeline(text: str) -> list[str]:
-    """The parts of ``a | b(c | d) | e``."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        return [text]
-    stages: list[str] = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        stages.insert(0, ast.unparse(node.right))
-        node = node.left
-    return [ast.unparse(node), *stages] if stages else [text]
 
 
 class identity(Codec):

@@ -143,6 +143,19 @@ class Part(_Model):
         return part(*map(_value, call.args), **{str(k.arg): _value(k.value) for k in call.keywords})
 
 
+def pipeline(text: str) -> list[str]:
+    """The parts of ``a | b(c | d) | e``; what has no bar outside brackets, or cannot be read, is one part."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        return [text]
+    stages: list[str] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        stages.insert(0, ast.unparse(node.right))
+        node = node.left
+    return [ast.unparse(node), *stages] if stages else [text]
+
+
 def _fold(name: str) -> str:
     return name.casefold().replace("-", "_")
 

@@ -36,7 +36,7 @@ class Adversaries:
                 each = torch.cat([group[name] for group in groups])
                 forging = Forging(name, clients, rounds_, self.streams, layout_of(name, each.shape[1]))
                 forged = self.attack.forge(each, lies, forging)
-                for group, part in zip(groups, forged.split(sizes), strict=True):
+                for group, part in zip(groups, torch.split(forged, sizes), strict=True):
                     group[name] = part
 
     def models(self, before: Tensor, after: Tensor, nodes: Tensor, rounds: Tensor, layout: Layout) -> Tensor:

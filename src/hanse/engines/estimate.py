@@ -58,7 +58,7 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
         virtual=stage.now * scale,
         down=int(stage.clock.down * scale),
         up=int(stage.clock.up * scale),
-        memory=itemsize * (row * (3 * side_by_side + 4) + kept),
+        memory=itemsize * (row * (3 * side_by_side + 1) + kept + 3 * stage.state["x"].numel()),
     )
 
 
@@ -66,13 +66,19 @@ class Still:
     """A rule that sends what ``of`` sends and never moves."""
 
     def __init__(self, net: LocalNetwork) -> None:
-        self.of, self.opens, self.start = net.method, net.method.opens, net.method.init(net.problem)
+        self.of, self.opens, self.robust, self.start = net.method, net.method.opens, False, net.method.init(net.problem)
 
     def init(self, problem: object) -> State:
         return self.start
 
     def message(self, state: State) -> Tensors:
         return self.of.message(state)
+
+    def asked(self, state: State, clients: Tensor) -> Tensor:
+        return self.of.asked(state, clients)
+
+    def parts(self, state: State, clients: Tensor) -> Tensor | None:
+        return self.of.parts(state, clients)
 
     def opened(self, state: State, reply: Reply) -> State:
         return state

@@ -64,11 +64,3 @@ class Exchanges:
         lost = drawn < 1 - (1 - profile.loss[senders]) * (1 - profile.loss[receivers])
         self.clock.lost += int(lost.sum())
         return mixing.losing(lost)
-
-
-def consensus_distance(models: Tensor) -> float:
-    """``mean_i ||x_i - mean x||^2`` of ``models`` ``[N, P]``."""
-    centre, total = models.mean(0), 0.0
-    for rows in models.split(max(1, (1 << 22) // max(1, models.shape[1]))):
-        total += float((rows - centre).double().square().sum())
-    return total / len(models)

@@ -25,7 +25,8 @@ from hanse.engines.base import Arrangement
 from hanse.engines.mechanisms import Mechanisms
 from hanse.methods.base import Method
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 AS_IS = {"buffers", "domain"}
 """What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""

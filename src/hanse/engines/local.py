@@ -237,9 +237,12 @@ class LocalNetwork:
     def model(self) -> Tensor:
         """The global model ``[P]``: among peers the mean of all honest ones."""
         x = self.state["x"]
-        if x.dim() == 1:
-            return x
-        return x.mean(0) if self.adversaries is None else x[~self.adversaries.liars].mean(0)
+        return x if x.dim() == 1 else x[self.honest].mean(0)
+
+    @property
+    def honest(self) -> Tensor:
+        """Who does not lie, bool ``[N]``."""
+        return torch.ones(self.clients, dtype=torch.bool) if self.adversaries is None else ~self.adversaries.liars
 
     # ---- what a schedule sees
 

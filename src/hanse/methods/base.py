@@ -107,7 +107,7 @@ class Method(Part):
         return clients
 
     def parts(self, state: State, clients: Tensor) -> Tensor | None:
-        """What part of the message's vectors each of ``clients`` gets, float64 ``[C]``, as ``down`` cuts them; None: all of them."""
+        """What part of the message's vectors each of ``clients`` gets, float64 ``[C]``, as ``down`` cuts them; None: all."""
         return None
 
     def weight(self, counts: Tensor) -> Tensor:

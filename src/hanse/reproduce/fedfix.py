@@ -105,7 +105,7 @@ class Ledger(Rehearsal):
         self.counted[reply.clients] += reply.scale.double() / self.clients  # every client has the same weight
         return reply
 
-    def play(self, schedule: Schedule) -> Ledger:
+    def rehearse(self, schedule: Schedule) -> Ledger:
         """All of the conversation."""
         drive(schedule.run(self, self.method))
         return self
@@ -117,14 +117,14 @@ def window_law(dt: float) -> tuple[bool, float]:
     """
     periods = [math.ceil(tau / dt - 1e-9) for tau in TAU]
     windows = math.lcm(*periods)
-    ledger = Ledger(bowls(F80), windows).play(fedfix(window=dt))
+    ledger = Ledger(bowls(F80), windows).rehearse(fedfix(window=dt))
     exact = ledger.deliveries.tolist() == [windows / k for k in periods]
     return exact, float((ledger.counted / windows - 0.1).abs().max())
 
 
 def arrival_law() -> tuple[float, float]:
     """Relative errors of the shares of deliveries, 1 / tau_i, and of the mean unbiased weight, when every delivery is a step."""
-    ledger = Ledger(bowls(F80), DELIVERIES).play(fedasync(weights="unbiased"))
+    ledger = Ledger(bowls(F80), DELIVERIES).rehearse(fedasync(weights="unbiased"))
     rate = 1 / torch.tensor(TAU, dtype=torch.float64)
     share, weight = ledger.deliveries / DELIVERIES / (rate / rate.sum()), ledger.counted / DELIVERIES * len(TAU)
     return float((share - 1).abs().max()), float((weight - 1).abs().max())

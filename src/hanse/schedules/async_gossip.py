@@ -1,7 +1,7 @@
 """Gossip without rounds: every node trains when its own time has come, and averages when it has heard from enough neighbours.
 
-The protocol of Tian, Al-Ars, Kitsak, Hofstee: "Vanishing Variance Problem in Fully Decentralized Neural-Network Systems", 2024, arXiv
-2404.04616.
+The protocol of Tian, Al-Ars, Kitsak, Hofstee: "Vanishing Variance Problem in Fully Decentralized Neural-Network Systems", 2024,
+arXiv 2404.04616.
 
     every 8 to 12 seconds at node i:   x_i <- what the rule makes of x_i;   send x_i to all neighbours
     a model arrives:                   put it into the buffer;   B models are in it: x_i <- merge(x_i, buffer), buffer <- {}
@@ -73,8 +73,8 @@ class async_gossip(Peers):
             node.send(near, "model", x=x)
 
     def _merged(self, x: Tensor, received: list[Tensor], node: Node) -> Tensor:
-        mixing = Mixing.into_one(len(received), self.own)
-        return self.merge(x[None], torch.stack(received), mixing, node.problem.shared_layout)[0]
+        models = torch.stack([x, *received])
+        return self.merge(models, models, Mixing.into_one(len(received), self.own), node.problem.shared_layout)[0]
 
 
 @lru_cache(maxsize=16)

@@ -12,8 +12,8 @@ Consistency of Decentralized Federated Learning", ICML 2023, arXiv 2302.04083 (D
     DFedAvg      FedAvg, Q = 1                 DFedSAM-MGS   FedSAM, Q > 1
     DFedAvgM     FedAvg(local="sgd(momentum=0.9)"), Q = 1
 
-A node that is away keeps its model, and its neighbours count their own for the missing one. Two phases: in an exchange nobody sees a
-model that has been averaged in it already. Sent: Q models of a node to each of its neighbours; bytes count as sent, once.
+A node that is away keeps its model, and its neighbours count their own for the missing one. Two phases: in an exchange nobody sees
+a model that has been averaged in it already. Sent: Q models of a node to each of its neighbours; bytes count as sent, once.
 """
 
 from __future__ import annotations

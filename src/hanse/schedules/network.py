@@ -84,8 +84,8 @@ class Network(Protocol):
     ) -> None:
         """Have ``clients``, none of them at work, do the rule's ``work``, in ``steps`` ``[C]`` local steps if given.
 
-        After ``patience`` seconds a job without a reply is given up. ``parts`` float64 ``[C]``, as a rule's ``parts`` says, is how much
-        of the message's vectors each client gets.
+        After ``patience`` seconds a job without a reply is given up. ``parts`` float64 ``[C]`` is how much of the message's vectors
+        each client gets, as a rule's ``parts`` says.
         """
         ...
 
@@ -125,7 +125,7 @@ class Network(Protocol):
         ...
 
     async def exchange(self, models: Tensor, mixing: Mixing) -> tuple[Tensor, Mixing]:
-        """Every node sends its row of ``models`` ``[N, P]`` to its neighbours; what they have of it, and the weights of what arrived."""
+        """Every node sends its row of ``models`` ``[N, P]`` to its neighbours; what they have of it, and the weights left."""
         ...
 
     async def play(self, program: Callable[[Any], Coroutine[Any, Any, None]]) -> None:

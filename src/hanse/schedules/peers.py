@@ -33,11 +33,22 @@ class Node(Protocol):
     """What one peer's program may ask for. ``notes`` are what it has on its disk: they outlast its going away."""
 
     id: int
-    nodes: int
-    """Number of registered nodes."""
-    problem: Problem
-    streams: Streams
     notes: Tensors
+
+    @property
+    def nodes(self) -> int:
+        """Number of registered nodes."""
+        ...
+
+    @property
+    def problem(self) -> Problem:
+        """Model, loss and metrics."""
+        ...
+
+    @property
+    def streams(self) -> Streams:
+        """All chance."""
+        ...
 
     @property
     def now(self) -> float:
@@ -57,7 +68,7 @@ class Node(Protocol):
         ...
 
     async def train(self, x: Tensor, round: int) -> Tensor:
-        """What the rule makes of the model ``x`` ``[P]`` on this node's data; ``round`` counts from 0. Cancelling it stops the work."""
+        """What the rule makes of the model ``x`` ``[P]`` on this node's data, in ``round``, from 0; it can be cancelled."""
         ...
 
     def publish(self, x: Tensor, round: int) -> None:

@@ -494,7 +494,8 @@ def per_client(runs: Sequence[Run]) -> Figure:
 def draw_all(runs: Sequence[Run]) -> dict[str, Figure]:
     """Every picture that these runs give, by file name without its ending."""
     metric = headline(runs)
-    others = ["loss", *(m for m in metrics(runs) if m.endswith(("test_loss", "_worst10", "epsilon")))]
+    endings = "test_loss", "_worst10", "epsilon", "consensus", f"node_{metric}", f"attack_{metric}"
+    others = ["loss", *(m for m in metrics(runs) if m.endswith(endings))]
     axes: tuple[Against, ...] = ("rounds", "bytes", "seconds")
     if len({run.history[-1]["updates"] / run.history[-1]["round"] for run in runs if run.history}) > 1:
         axes = ("rounds", "updates", "bytes", "seconds")  # otherwise those are rounds by another name

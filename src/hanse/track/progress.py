@@ -83,7 +83,7 @@ class RunDisplay:
 
 def status(record: Record) -> str:
     """Loss, the first score, traffic, privacy spent and virtual time of a round."""
-    metrics = {n: v for n, v in record["metrics"].items() if n != "test_loss" and not n.startswith("client_")}
+    metrics = {n: v for n, v in record["metrics"].items() if n != "test_loss" and not n.startswith(("client_", "node_"))}
     shown = [f"loss {record['loss']:.3f}", *(f"{n} {v:.3f}" for n, v in list(metrics.items())[:1])]
     shown.append(f"down {cost_text('bytes', record['bytes_down'])}  up {cost_text('bytes', record['bytes_up'])}")
     if "epsilon" in record:

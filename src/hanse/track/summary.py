@@ -90,13 +90,15 @@ def headline(runs: Sequence[Run]) -> str:
     evaluated = [{name for record in run.history for name in record["metrics"]} for run in runs]
     shared = set.intersection(*(found for found in evaluated if found)) if any(evaluated) else set()
     return min(
-        (m for m in metrics(runs) if m in shared), key=lambda m: (m.startswith("client"), lower_is_better(m)), default="loss"
+        (m for m in metrics(runs) if m in shared),
+        key=lambda m: (m.startswith(("client", "node", "attack")), lower_is_better(m)),
+        default="loss",
     )
 
 
 def lower_is_better(metric: str) -> bool:
     """Whether a small value of ``metric`` is a good one."""
-    return any(word in metric for word in ("loss", "error", "perplexity", "variance"))
+    return any(word in metric for word in ("loss", "error", "perplexity", "variance", "consensus", "attack"))
 
 
 def series(run: Run, metric: str, against: Against) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -207,7 +209,9 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ``metric`` names the headline; ``final``, ``std`` (n - 1) and ``best`` are values of it, over the ``scored`` seeds that ended
     with a finite one. ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target`` are means if all seeds got there, and
     ``reached`` counts those that did. ``bytes_up``, ``bytes_down`` and virtual ``seconds`` are totals of a run; so is
-    ``epsilon``, which is there if any run is differentially private.
+    ``epsilon``, which is there if any run is differentially private. Where any run is among peers, ``node`` is the mean of every
+    node's own final value, ``consensus`` the last distance from it, and ``bytes_node`` and ``bytes_busiest`` what a node has sent
+    and received: the mean, and the most.
     """
     metric = headline(runs)
     lower, goal = lower_is_better(metric), target(runs, metric)
@@ -242,9 +246,23 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "seconds": _mean_or_none([r["seconds"] for r in ended]),
                 "worst10": _mean_or_none(worst),
                 **({"epsilon": _mean_or_none(spent)} if "epsilon" in metrics(runs) else {}),
+                **(_among_peers(members, f"node_{metric}") if any("sent" in run.clients for run in runs) else {}),
             }
         )
     return rows
+
+
+def _among_peers(members: Sequence[Run], metric: str) -> dict[str, float | None]:
+    def ended(name: str) -> list[float]:
+        return [v for run in members if math.isfinite(v := last_value(run, name))]
+
+    traffic = [run.clients["sent"] + run.clients["received"] for run in members if "sent" in run.clients]
+    return {
+        "node": _mean_or_none(ended(metric)),
+        "consensus": _mean_or_none(ended("consensus")),
+        "bytes_node": _mean_or_none([float(bytes_.double().mean()) for bytes_ in traffic]),
+        "bytes_busiest": _mean_or_none([float(bytes_.max()) for bytes_ in traffic]),
+    }
 
 
 def _good(found: float, goal: float, lower: bool) -> bool:
@@ -369,6 +387,13 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     private = "epsilon" in metrics(runs)
     headers += [f"{'time' if a == 'seconds' else a} to {goal}" for a in axes] + [*totals, "worst 10 % of clients"]
     headers += ["epsilon"] * private
+    peers = any("node" in row for row in rows)
+    headers += [
+        f"final {metric_text(metric)}, mean of the nodes",
+        "consensus distance",
+        "bytes of a node",
+        "of the busiest",
+    ] * peers
     cells = []
     for row in rows:
         partly = f" ({row['scored']} of {row['seeds']} seeds)" if 0 < row["scored"] < row["seeds"] else ""
@@ -381,7 +406,11 @@ def table_text(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         spent = [_cell(rows, key, against, row) for key, against in totals.values()]
         worst = value_text("accuracy" if metric == "loss" else metric, row["worst10"])
         privately = [value_text("epsilon", row["epsilon"])] if private else []
-        cells.append([row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst, *privately])
+        nodes = [value_text(metric, row["node"]), value_text("consensus", row["consensus"])] if peers else []
+        nodes += [_cell(rows, key, "bytes", row) for key in ("bytes_node", "bytes_busiest") if peers]
+        cells.append(
+            [row["method"], str(row["seeds"]), final, value_text(metric, row["best"]), *to, *spent, worst, *privately, *nodes]
+        )
     return headers, cells
 
 
