@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hanse.codecs import Codec, Sending, ranks
+from hanse.codecs.ranks import BLOCK, reputations
 from hanse.codecs.wire import FRAME, frame, varint
 from hanse.core.errors import CodecError
 from hanse.core.layout import Layout
@@ -51,23 +52,36 @@ def test_layers_are_ranked_by_themselves() -> None:
         data = [codec.encode(row, Sending.of(row, layout)) for row in x]
         assert all(torch.equal(codec.decode(d, layout), row) for d, row in zip(data, x, strict=True))
         assert sent.sizes.tolist() == [len(d) for d in data]
-    with pytest.raises(CodecError, match="not a permutation of 0 to 27"):
-        ranks().encode(x[0])
+    assert not torch.equal(ranks().decode(ranks().encode(x[0])), x[0])  # as one vector it is ranked as one
 
 
-@pytest.mark.parametrize(
-    "row", [[0, 1, 1], [1, 2, 3], [0, 1, 2.5], [0, -1, 2], [0, 1, math.nan], [0, 1, math.inf], [0, 1, 1e30]], ids=str
-)
-def test_what_is_no_permutation_is_refused(row: list[float]) -> None:
-    with pytest.raises(CodecError, match="not a permutation of 0 to 2"):
-        ranks().encode(torch.tensor(row, dtype=torch.float64))
-    with pytest.raises(CodecError):
-        ranks().roundtrip(torch.tensor([[2.0, 1, 0], row], dtype=torch.float64), Sending(Layout({"": (3,)}), torch.arange(2)))
+@given(st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=20))
+def test_of_any_other_vector_the_order_arrives(row: list[float]) -> None:
+    x = torch.tensor(row)
+    got = ranks().decode(ranks().encode(x))
+    assert got.tolist() == [sum(y < x or (y == x and j < i) for j, y in enumerate(row)) for i, x in enumerate(row)]
+    sent = ranks().roundtrip(torch.stack([x, -x]), Sending(Layout({"": (len(row),)}), torch.arange(2)))
+    assert torch.equal(sent.values[0], got) and torch.equal(sent.values[1], reputations(-x).float())
+
+
+@pytest.mark.parametrize("n", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+def test_the_order_is_the_argsort_of_the_argsort_in_blocks_of_any_number(n: int) -> None:
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    assert torch.equal(ranks().decode(ranks().encode(x)), x.argsort().argsort().float())
+
+
+def test_what_is_not_finite_has_a_place_too() -> None:
+    """A liar's message is a valid vote whatever the lie: what is not a number is the highest."""
+    row = torch.tensor([math.nan, 1.0, math.inf, -math.inf, math.nan])
+    assert ranks().decode(ranks().encode(row)).tolist() == [3, 1, 2, 0, 4]
+    sent = ranks().roundtrip(torch.stack([row, -row]), Sending(Layout({"": (5,)}), torch.arange(2)))
+    assert sent.values.tolist() == [[3, 1, 2, 0, 4], [3, 1, 0, 2, 4]]
+    assert sent.sizes.tolist() == [len(ranks().encode(row))] * 2
 
 
 @pytest.mark.parametrize("text", ["topk(0.5) | ranks", "topk(1.0) | ranks", "projections(2) | ranks"])
 def test_a_selection_is_no_ranking(text: str) -> None:
-    with pytest.raises(CodecError, match="permutation"):
+    with pytest.raises(CodecError, match="all 10 entries are needed"):
         Codec.parse(text).encode(permutation(10))
 
 

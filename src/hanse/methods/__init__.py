@@ -11,6 +11,7 @@ from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from hanse.methods.fedprox import FedProx
 from hanse.methods.fedsam import FedSAM
 from hanse.methods.fedspeed import FedSpeed
+from hanse.methods.frl import FRL
 from hanse.methods.memory import MIFA, FedVARP
 from hanse.methods.one_by_one import OneByOne
 from hanse.methods.opwa import OPWA
@@ -22,6 +23,7 @@ from hanse.methods.stale_inversion import FirstOrder, StaleInversion
 __all__ = [
     "AFA_CD",
     "AFA_CS",
+    "FRL",
     "MIFA",
     "OPWA",
     "RFFL",

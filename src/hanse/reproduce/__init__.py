@@ -26,6 +26,7 @@ SLUGS = (
     "fedspeed",
     "fedzip",
     "flag",
+    "frl",
     "momentum",
     "rffl",
     "robustness",
