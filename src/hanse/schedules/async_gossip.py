@@ -69,8 +69,8 @@ class async_gossip(Peers):
                     received = []
             x = await node.train(x, k)
             node.notes |= {"x": x, "trainings": torch.tensor(k + 1)}
-            node.hold(x)
             node.send(near, "model", x=x)
+            node.hold(x)
 
     def _merged(self, x: Tensor, received: list[Tensor], node: Node) -> Tensor:
         models = torch.stack([x, *received])
