@@ -51,7 +51,7 @@ def merged(merge: Merge, own: Tensor, mixing: Mixing, received: Tensor | None = 
 def test_after_the_correction_the_variance_is_the_target_and_the_mean_is_as_it_was(target: str, own: float, seed: int) -> None:
     """Node i of a ring has heard from i - 1 and i + 1; what they say need not be what they have."""
     mine, told, mixing = drawn(seed), drawn(seed + 1000), around(own=own)
-    found, plain = (merged(m, mine, mixing, told) for m in (variance_corrected(target=target), average()))  # type: ignore[arg-type]
+    found, plain = (merged(m, mine, mixing, told) for m in (variance_corrected(target=target), average()))
     for name in CORRECTED:
         theirs, single = variance(LAYOUT.views(told)[name]), variance(LAYOUT.views(mine)[name])
         near = (theirs.roll(1) + theirs.roll(-1)) / 2
@@ -88,7 +88,7 @@ def test_a_run_that_skips_everything_is_plain_gossip_bit_for_bit() -> None:
 @pytest.mark.parametrize("target", ["others", "own", "both"])
 def test_copies_of_ones_own_model_leave_it_as_it_is(target: str) -> None:
     x = drawn(nodes=1).repeat(NODES, 1)
-    found = variance_corrected(target=target)(x, x, around(), LAYOUT)  # type: ignore[arg-type]
+    found = variance_corrected(target=target)(x, x, around(), LAYOUT)
     torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_eps_weakens_the_correction_of_small_variances() -> None:
 
 def played(merge: Merge, start: str, rounds: int) -> hs.Run:
     fed = hs.Federation(hs.tasks.digits(hidden=8), 8, dtype="float64")
-    schedule = gossip(topology=ring(4), own=0.5, merge=merge, start=start)  # type: ignore[arg-type]
+    schedule = gossip(topology=ring(4), own=0.5, merge=merge, start=start)
     engine = hs.engines.local("stacked", 8, 1, 1, shortcuts=False)
     return hs.run(fed, FedAvg(steps=2), schedule, rounds=rounds, evaluate=0, engine=engine)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hanse as hs
-from hanse.core.gradients import GradientPath
+from hanse.core.gradients import Descend, GradientPath
 from hanse.core.optim import sgd
 from hanse.core.samples import Batch
 from hanse.engines.local import LocalNetwork
@@ -26,7 +26,7 @@ class Heard:
     inner: GradientPath
     calls: list[tuple[Tensor, Batch, Tensor]] = field(default_factory=list)
     name: str = "heard"
-    descend: None = None
+    descend: Descend | None = None
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
         gradient, loss = self.inner.grad(w, batch, buffers)

@@ -15,8 +15,8 @@ def mlp(
 ) -> nn.Sequential:
     """``depth`` hidden layers: ``[B, inputs]`` (of any shape if ``flatten``) to ``[B, outputs]``.
 
-    Initial weights are torch's; with tanh those of Glorot and Bengio (AISTATS 2010, "Xavier"), who derived them for it: uniform with
-    variance ``2 / (fan_in + fan_out)``, biases 0.
+    Initial weights are torch's; with tanh those of Glorot and Bengio (AISTATS 2010, "Xavier"), who derived them for it: uniform,
+    of variance ``2 / (fan_in + fan_out)``, and biases 0.
     """
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise((inputs, *(hidden,) * depth, outputs)):
