@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NODES, ROUNDS, STEPS, MIXES, RHO = 16, 30, 5, 4, 0.05
-RATES = (0.1, 0.2, 0.4, 0.8)
+RATES = (0.2, 0.4, 0.8, 1.6)
 DIRECTIONS, RADIUS = 50, 0.5
 SETTING = (
     f"Digits, MLP 64-64-10, {NODES} nodes on a ring with Dirichlet(0.3) labels, {ROUNDS} rounds of K = {STEPS} local steps of 32"
@@ -110,6 +110,8 @@ def draw(found: dict[str, Curves], rate: float) -> Figure:
         two.plot(rounds * seen.megabytes, seen.local.mean(0), color=colour)
         three.plot(rounds * seen.gradients, seen.local.mean(0), color=colour)
         band(four, rounds, seen.apart, colour, "_")
+    for ax in (one, two, three):
+        ax.set(ylim=(0.1, 1))
     one.set(xlabel="rounds", ylabel="accuracy of the nodes' models", title=f"rate {rate}")
     two.set(xlabel="MB sent by a node")
     three.set(xlabel="gradients computed by a node")
