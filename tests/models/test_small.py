@@ -54,3 +54,14 @@ def test_byte_window_sees_the_last_bytes_and_none_to_come():
 def test_the_cnn_has_the_sizes_of_its_description():
     model = cnn(1, 28, 28, 10, hidden=512)
     assert sum(p.numel() for p in model.parameters()) == 1_663_370  # as in the paper
+
+
+def test_a_deep_tanh_network_has_the_weights_of_glorot_and_bengio():
+    torch.manual_seed(0)
+    model = mlp(64, 96, 10, depth=3, activation="tanh")
+    assert [type(m).__name__ for m in model] == ["Linear", "Tanh"] * 3 + ["Linear"]
+    layers = model[::2]
+    assert [tuple(m.weight.shape) for m in layers] == [(96, 64), (96, 96), (96, 96), (10, 96)]
+    for layer in layers:
+        assert float(layer.weight.detach().var()) == pytest.approx(2 / sum(layer.weight.shape), rel=0.1)
+        assert not layer.bias.any()

@@ -59,19 +59,28 @@ class variance_corrected(Merge):
     """Added to both variances; it weakens the correction of tensors with smaller ones."""
 
     def __call__(self, own: Tensor, received: Tensor, mixing: Mixing, layout: Layout) -> Tensor:
-        mixed, lonely = mixing.mix(own, received), mixing.degrees == 0
+        mixed, alone = mixing.mix(own, received), (mixing.own == 1)[:, None]
         before, arrived = layout.views(own), layout.views(received)
         for name, tensor in layout.views(mixed).items():
             if tensor.dim() < 3 or tensor[0].numel() < 2 or any(fnmatchcase(name, pattern) for pattern in self.skip):
                 continue
-            single, others = (t.flatten(1).var(1, correction=0)[:, None] for t in (before[name], arrived[name]))
-            target = {"own": single, "others": mixing.average(others), "both": mixing.mix(single, others)}[self.target]
-            flat = tensor.flatten(1)
-            mean, variance = flat.mean(1, keepdim=True), flat.var(1, correction=0, keepdim=True)
-            scale = ((target + self.eps) / (variance + self.eps).clamp(min=LEAST)).sqrt()
-            scale = torch.where((variance < LEAST) | lonely[:, None], torch.ones_like(scale), scale)
-            tensor.copy_(((flat - mean) * scale + mean).view_as(tensor))
+            match self.target:
+                case "others":
+                    target = mixing.average(variances(arrived[name]))
+                case "own":
+                    target = variances(before[name])
+                case "both":
+                    target = mixing.mix(variances(before[name]), variances(arrived[name]))
+            a, variance = tensor.view(len(tensor), -1), variances(tensor)
+            mean, scale = a.mean(1, keepdim=True), ((target + self.eps) / (variance + self.eps)).sqrt()
+            a.copy_(torch.where(alone | (variance < LEAST), a, (a - mean) * scale + mean))
         return mixed
+
+
+def variances(tensors: Tensor) -> Tensor:
+    """Over all entries of each node's tensor, ``[N, ...]`` to ``[N, 1]``; torch's own ``var`` takes ten times as long."""
+    flat = tensors.flatten(1)
+    return (flat - flat.mean(1, keepdim=True)).square_().mean(1, keepdim=True)
 
 
 class robust(Merge):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -23,7 +24,11 @@ class digits(Task):
     """Optical digits of scikit-learn: 1,797 real 8x8 pictures in 10 classes, a fifth of them for testing; a small MLP."""
 
     hidden: PositiveInt = 64
-    """Width of the hidden layer."""
+    """Width of a hidden layer."""
+    depth: PositiveInt = 1
+    """Number of hidden layers."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Of the hidden units; tanh comes with Xavier's initial weights."""
 
     def data(self, streams: Streams) -> Dataset:
         from sklearn.datasets import load_digits
@@ -35,7 +40,7 @@ class digits(Task):
         return Dataset(x[360:], y[360:], x[:360], y[:360], y[360:], tuple("0123456789"))
 
     def model(self) -> nn.Module:
-        return mlp(64, self.hidden, 10)
+        return mlp(64, self.hidden, 10, depth=self.depth, activation=self.activation)
 
 
 class quadratics(Task):

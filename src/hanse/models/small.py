@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def mlp(inputs: int, hidden: int, outputs: int, flatten: bool = False) -> nn.Sequential:
-    """One hidden layer of rectified units: ``[B, inputs]`` (of any shape if ``flatten``) to ``[B, outputs]``."""
-    layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)]
-    return nn.Sequential(nn.Flatten(), *layers) if flatten else nn.Sequential(*layers)
+def mlp(
+    inputs: int, hidden: int, outputs: int, flatten: bool = False, depth: int = 1, activation: Literal["relu", "tanh"] = "relu"
+) -> nn.Sequential:
+    """``depth`` hidden layers: ``[B, inputs]`` (of any shape if ``flatten``) to ``[B, outputs]``.
+
+    Initial weights are torch's; with tanh those of Glorot and Bengio (AISTATS 2010, "Xavier"), who derived them for it: uniform,
+    of variance ``2 / (fan_in + fan_out)``, and biases 0.
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise((inputs, *(hidden,) * depth, outputs)):
+        linear = nn.Linear(fan_in, fan_out)
+        if activation == "tanh":
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU() if activation == "relu" else nn.Tanh()]
+    return nn.Sequential(nn.Flatten(), *layers[:-1]) if flatten else nn.Sequential(*layers[:-1])
 
 
 def cnn(channels: int, height: int, width: int, outputs: int, hidden: int = 128) -> nn.Sequential:

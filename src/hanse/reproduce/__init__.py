@@ -19,6 +19,7 @@ __all__ = ["SLUGS", "Findings", "Property", "run"]
 SLUGS = (
     "anarchic",
     "bcrs-opwa",
+    "dfedsam",
     "fedamd",
     "fedau",
     "fedcompass",
@@ -27,6 +28,7 @@ SLUGS = (
     "fedzip",
     "flag",
     "frl",
+    "gossip-variance",
     "momentum",
     "rffl",
     "robustness",

@@ -6,7 +6,8 @@ arXiv 2404.04616.
     every 8 to 12 seconds at node i:   x_i <- what the rule makes of x_i;   send x_i to all neighbours
     a model arrives:                   put it into the buffer;   B models are in it: x_i <- merge(x_i, buffer), buffer <- {}
 
-What arrives while a node trains waits until it has. A round is as many trainings as there are nodes.
+What arrives while a node trains waits until it has. Where a neighbour is missing, further models of the others fill the buffer. A
+round is as many trainings as there are nodes; a node's model at its end is what it trained last, before it averages.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class async_gossip(Peers):
                     received = []
             x = await node.train(x, k)
             node.notes |= {"x": x, "trainings": torch.tensor(k + 1)}
-            node.hold(x)
             node.send(near, "model", x=x)
+            node.hold(x)
 
     def _merged(self, x: Tensor, received: list[Tensor], node: Node) -> Tensor:
         models = torch.stack([x, *received])
