@@ -7,9 +7,10 @@ import math
 import selectors
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from hanse.schedules.peers import Letter, Node
 Train = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(nodes int64 [C], models [C, P], rounds int64 [C]) -> models [C, P]``: the rule's work of some nodes, side by side."""
 
+
+Ts = TypeVarTuple("Ts")
 
 FRUITLESS = 100_000
 """Jumps in time without a round, and a hundredth of it more for every node, after which nothing will come of a run any more."""
@@ -69,7 +72,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.clock.now
 
-    def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.TimerHandle:
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
         moment, self.asked = Moment(when), self.asked + 1  # asyncio's heap alone would mix up what is due at the same time
         moment.number = self.asked
         return super().call_at(moment, callback, *args, context=context)

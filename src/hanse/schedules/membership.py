@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,13 +48,12 @@ class View:
         """MERGE: per node the later round, and the event of the larger counter; of equal counters LEAVE wins (our choice)."""
         if torch.equal(self.rows, other.rows):
             return self
-        both = torch.cat([self.rows, other.rows])
-        nodes, place = both[:, 0].unique(return_inverse=True)
-        ranked = torch.stack([both[:, 1], 2 * both[:, 2] + both[:, 3]], 1)  # an event is the last bit of what it is ranked by
-        most = torch.zeros(len(nodes), 2, dtype=torch.int64).scatter_reduce_(
-            0, place[:, None].expand(-1, 2), ranked, "amax", include_self=False
-        )
-        return View(torch.stack([nodes, most[:, 0], most[:, 1] // 2, most[:, 1] % 2], 1))
+        both = torch.cat([self.rows, other.rows]).numpy()
+        nodes, place = np.unique(both[:, 0], return_inverse=True)
+        last, rank = np.zeros((2, len(nodes)), np.int64)
+        np.maximum.at(last, place, both[:, 1])
+        np.maximum.at(rank, place, 2 * both[:, 2] + both[:, 3])  # the event is its last bit
+        return View(torch.from_numpy(np.stack([nodes, last, rank // 2, rank % 2], 1)))
 
     def of(self, node: int) -> tuple[int, int, int] | None:
         """Last round, counter and event of ``node``; None if it is not known."""

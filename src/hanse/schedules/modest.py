@@ -3,8 +3,8 @@
 De Vos, Dhasade, Kermarrec, Lavoie, Pouwelse: "MoDeST: Bridging the Gap between Federated and Decentralized Learning with
 Decentralized Sampling", 2023, arXiv 2302.13837 (later "Plexus").
 
-    SAMPLE(k, x):   walk ORDER(k), the hash order of who is believed to be there: ping x at a time, for each that is silent the next;
-                    the first x that answer
+    SAMPLE(k, x):        walk ORDER(k), the hash order of who is believed to be there: ping x at a time, for each that is silent
+                         the next;  the first x that answer
     on TRAIN(k, x):      k is later than k_train: stop training;  x_i <- what the rule makes of x
                          send AGGREGATE(k + 1, x_i) to SAMPLE(k + 1, a), wait for ACK(k), without one do both again
     on AGGREGATE(k + 1, x_j):   floor(sf s) models are in, or T_agg seconds are over and enough for liveness:
@@ -15,10 +15,10 @@ Decentralized Sampling", 2023, arXiv 2302.13837 (later "Plexus").
 Models travel with the sender's view (``membership``). A round ends with its first average, which is the model that is evaluated.
 
 Our choices: the models are averaged in the order of their nodes' numbers. No ACK within 2 T_agg: sample again, so that pings tell
-whether the aggregator is gone. A late model gets its ACK at once. A node that hears it has left although it is there counts on and
-thereby joins again. A trainer gives up when it hears of round k + 2. Everybody samples, so pings, for round 1. A node that has heard
-of no new round for T_dead seconds, and dt more for every round that its own model is behind, samples for the next round; if nobody
-who answers knows more, it sends RESTART, a TRAIN with its own model.
+whether the aggregator is gone, until there is an ACK or a round k + 2. A late model gets its ACK at once. A node that hears it has
+left although it is there counts on and thereby joins again. For round 1 everybody samples, and those in it train. A node that has
+heard of no new round for T_dead seconds, and dt more for every round that its own model is behind, samples for the next round; if
+nobody who answers knows more, it sends RESTART, a TRAIN with its own model.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ class Member:
     def tell(self, kind: str, event: int, whom: list[int]) -> None:
         others = [j for j in whom if j != self.id]
         n = min(10 * self.rules.sample, len(others))
-        drawn = self.node.streams.sample("modest.tell", len(others), n, self.counter, self.id) if others else []
+        drawn = self.node.streams.sample("modest.tell", max(1, len(others)), n, self.counter, self.id)
         self.node.send([others[int(i)] for i in drawn], kind, **self.state)
         self.view = self.view.merge(View.entry(self.id, 0, self.counter, event))
 

@@ -33,11 +33,22 @@ class Node(Protocol):
     """What one peer's program may ask for. ``notes`` are what it has on its disk: they outlast its going away."""
 
     id: int
-    nodes: int
-    """Number of registered nodes."""
-    problem: Problem
-    streams: Streams
     notes: Tensors
+
+    @property
+    def nodes(self) -> int:
+        """Number of registered nodes."""
+        ...
+
+    @property
+    def problem(self) -> Problem:
+        """Model, loss and metrics."""
+        ...
+
+    @property
+    def streams(self) -> Streams:
+        """Where its chance comes from."""
+        ...
 
     @property
     def now(self) -> float:
@@ -76,7 +87,9 @@ class Peers(Schedule):
     replayed: ClassVar[bool] = True
 
     async def live(self, node: Node) -> None:
-        """One node's program, from when it comes until it goes away; called again when it is back."""
+        """One node's program, from when it comes until it goes away, when it is cancelled and may send last words, but not wait;
+        called again when it is back.
+        """
         raise TypeError(f"{type(self).__name__} does not define live")
 
     async def run(self, net: Network, method: Method) -> None:
