@@ -49,14 +49,20 @@ class Jump(selectors.DefaultSelector):
             self.jumps += 1
             if self.jumps > self.most:
                 raise StalledError(f"the peers go on without a round: {self.clock.now:g} virtual seconds, {self.jumps} events")
-            self.clock.go_on(self.clock.time + math.ceil(timeout * SECOND))
+            self.clock.go_on(self.clock.time + round(timeout * SECOND))
         return []
 
 
 class Moment(float):
-    """A time; of two that are equal the one with the lower number comes first."""
+    """A time; of two that are equal the one with the lower number comes first.
+
+    asyncio runs what is due before ``now`` plus a nanosecond. After some months that is ``now`` itself, so it has to be included.
+    """
 
     number = 0
+
+    def __ge__(self, other: float) -> bool:
+        return float(self) > float(other)
 
     def __lt__(self, other: float) -> bool:
         return (float(self), self.number) < (float(other), getattr(other, "number", 0))
