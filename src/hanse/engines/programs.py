@@ -49,7 +49,7 @@ class Jump(selectors.DefaultSelector):
             self.jumps += 1
             if self.jumps > self.most:
                 raise StalledError(f"the peers go on without a round: {self.clock.now:g} virtual seconds, {self.jumps} events")
-            self.clock.go_on(self.clock.time + round(timeout * SECOND))
+            self.clock.go_on(self.clock.time + math.ceil(timeout * SECOND))  # never too early, or who asks again spins
         return []
 
 
