@@ -279,6 +279,8 @@ def run(
     recorder.start(net, resume and not schedule.replayed)
     on_start(net)
     _play(net, schedule, method, recorder)
+    if net.letters:
+        result.notes["messages"] = ", ".join(f"{n:,} {kind} ({size:,} bytes)" for kind, (n, size) in net.letters.items())
     result.weights, result.state, result.clients = weights(net), net.snapshot(), _clients(net, result)
     if folder is not None and net.finished:
         folder.save(result.clients, CLIENTS)

@@ -200,6 +200,8 @@ class LocalNetwork:
         self.footprint = self._footprint()
         self.state: State = {}
         self.notes: Tensors = {}
+        self.letters: dict[str, list[int]] = {}
+        """Messages and bytes by kind that peers' programs have sent so far."""
         self.stopping = False
         self._draws = 0
         self._received: tuple[int, Tensors, Tensors, int] = (-1, {}, {}, 0)
@@ -493,7 +495,7 @@ class LocalNetwork:
         return self.exchanges.send(told, mixing, self.round)
 
     async def play(self, program: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
-        Programs(
+        programs = Programs(
             self.federation,
             self.clock,
             self.streams,
@@ -503,7 +505,9 @@ class LocalNetwork:
             self._trained,
             self._played,
             self.state["x"],
-        ).play(program, self.seconds)
+        )
+        self.letters = programs.counts
+        programs.play(program, self.seconds)
 
     def _trained(self, nodes: Tensor, models: Tensor, rounds: Tensor) -> Tensor:
         """``models`` ``[C, P]`` as the work of ``nodes`` leaves them, or as liars say it does."""

@@ -7,9 +7,10 @@ import math
 import selectors
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -28,29 +29,61 @@ Train = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(nodes int64 [C], models [C, P], rounds int64 [C]) -> models [C, P]``: the rule's work of some nodes, side by side."""
 
 
-class Jump(selectors.DefaultSelector):
-    """Waits for nothing: where asyncio would sleep, the clock jumps."""
+Ts = TypeVarTuple("Ts")
 
-    def __init__(self, clock: Clock) -> None:
+FRUITLESS = 100_000
+"""Jumps in time without a round, and a hundredth of it more for every node, after which nothing will come of a run any more."""
+
+
+class Jump(selectors.DefaultSelector):
+    """Waits for nothing: where asyncio would sleep, the clock jumps, ``most`` times at most until somebody sets ``jumps`` back."""
+
+    def __init__(self, clock: Clock, most: float) -> None:
         super().__init__()
-        self.clock = clock
+        self.clock, self.most, self.jumps = clock, most, 0
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
             raise StalledError("every peer waits for a message that nobody will send")
-        self.clock.go_on(self.clock.time + math.ceil(max(0.0, timeout) * SECOND))
+        if timeout > 0:
+            self.jumps += 1
+            if self.jumps > self.most:
+                raise StalledError(f"the peers go on without a round: {self.clock.now:g} virtual seconds, {self.jumps} events")
+            self.clock.go_on(self.clock.time + math.ceil(timeout * SECOND))  # never too early, or who asks again spins
         return []
+
+
+class Moment(float):
+    """A time; of two that are equal the one with the lower number comes first.
+
+    asyncio runs what is due before ``now`` plus a nanosecond. After some months that is ``now`` itself, so it has to be included.
+    """
+
+    number = 0
+
+    def __ge__(self, other: float) -> bool:
+        return float(self) > float(other)
+
+    def __lt__(self, other: float) -> bool:
+        return (float(self), self.number) < (float(other), getattr(other, "number", 0))
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """asyncio whose time is the clock's. What is due at the same time runs in the order in which it was asked for."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        super().__init__(Jump(clock))
+    def __init__(self, clock: Clock, most: float = math.inf) -> None:
+        self.clock, self.jump, self.asked = clock, Jump(clock, most), 0
+        super().__init__(self.jump)
 
     def time(self) -> float:
         return self.clock.now
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        moment, self.asked = Moment(when), self.asked + 1  # asyncio's heap alone would mix up what is due at the same time
+        moment.number = self.asked
+        return super().call_at(moment, callback, *args, context=context)
 
 
 @dataclass(eq=False)
@@ -154,15 +187,15 @@ class Programs:
                 thread.submit(self._play, program, seconds).result()
 
     def _play(self, program: Callable[[Node], Coroutine[Any, Any, None]], seconds: float) -> None:
-        loop = VirtualLoop(self.clock)
+        self.loop = VirtualLoop(self.clock, FRUITLESS * (1 + len(self.nodes) / 100))
         try:
-            loop.run_until_complete(self._all(program, seconds))
+            self.loop.run_until_complete(self._all(program, seconds))
         finally:
-            loop.run_until_complete(_cancelled(asyncio.all_tasks(loop)))
-            loop.close()
+            self.loop.run_until_complete(_cancelled(asyncio.all_tasks(self.loop)))
+            self.loop.close()
 
     async def _all(self, program: Callable[[Node], Coroutine[Any, Any, None]], seconds: float) -> None:
-        self.loop, self.over = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        self.over = self.loop.create_future()
         if math.isfinite(seconds):
             self.loop.call_at(seconds, self._end)
         lives = [asyncio.create_task(self._live(node, program)) for node in self.nodes]
@@ -189,18 +222,19 @@ class Programs:
             node.inbox, node.there = asyncio.Queue(), True
             task = asyncio.create_task(program(node))
             await asyncio.wait({task}, timeout=gone - self.clock.now if math.isfinite(gone) else None)
-            node.there = False
-            if task.done():
-                return task.result()
+            over = task.done()
             task.cancel()
-            await asyncio.wait({task})
+            await asyncio.wait({task})  # what it still sends are its last words
+            node.there = False
+            if over or not task.cancelled():
+                return task.result()
         return None
 
     # ---- messages
 
     def send(self, sender: LocalNode, to: Iterable[int], kind: str, tensors: Tensors) -> None:
         """See ``Node.send``. A link carries one message after the other; latencies and losses of both ends add up."""
-        if not sender.there:
+        if not sender.there or self.over.done():
             return
         to, (told, size) = list(to), self._coded(sender, kind, tensors)
         for receiver in to:
@@ -297,14 +331,14 @@ class Programs:
     def publish(self, x: Tensor, round: int) -> None:
         """See ``Node.publish``."""
         if round > self.round and not self.over.done():
-            self.round = round
+            self.round, self.loop.jump.jumps = round, 0
             if not self._commit(x):
                 self._end()
 
     def hold(self, node: int, x: Tensor) -> None:
         """See ``Node.hold``."""
         self.models[node] = x
-        self.held += 1
+        self.held, self.loop.jump.jumps = self.held + 1, 0
         if self.held % len(self.nodes) == 0 and not self.over.done() and not self._commit(self.models.clone()):
             self._end()
 

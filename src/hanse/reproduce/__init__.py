@@ -29,6 +29,7 @@ SLUGS = (
     "flag",
     "frl",
     "gossip-variance",
+    "modest",
     "momentum",
     "rffl",
     "robustness",

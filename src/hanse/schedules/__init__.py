@@ -7,6 +7,7 @@ from hanse.schedules.fedbuff import fedasync, fedbuff
 from hanse.schedules.fedcompass import fedcompass
 from hanse.schedules.fedfix import fedfix
 from hanse.schedules.gossip import gossip
+from hanse.schedules.modest import modest
 from hanse.schedules.network import Network, Schedule
 from hanse.schedules.peers import Node, Peers
 from hanse.schedules.staleness import Staleness
@@ -26,5 +27,6 @@ __all__ = [
     "fedcompass",
     "fedfix",
     "gossip",
+    "modest",
     "synchronous",
 ]

@@ -87,7 +87,9 @@ class Peers(Schedule):
     replayed: ClassVar[bool] = True
 
     async def live(self, node: Node) -> None:
-        """One node's program, from when it comes until it goes away; called again when it is back."""
+        """One node's program, from when it comes until it goes away, when it is cancelled and may send last words, but not wait;
+        called again when it is back.
+        """
         raise TypeError(f"{type(self).__name__} does not define live")
 
     async def run(self, net: Network, method: Method) -> None:
