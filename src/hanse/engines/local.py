@@ -19,17 +19,18 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from hanse.attacks import Attack
-from hanse.codecs.base import Codec, Links, Sending, identity
+from hanse.codecs.base import Codec, Links, identity
 from hanse.core.dropout import unkeyed
 from hanse.core.errors import CheckpointError, ConfigError, DivergedError
 from hanse.core.gradients import paths
-from hanse.core.messages import Reply, Tensors, wire_size
+from hanse.core.messages import Reply, Tensors
 from hanse.core.state import ClientState
 from hanse.engines.adversaries import Adversaries
 from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
+from hanse.engines.downlink import Downlink
 from hanse.engines.exchange import Exchanges
-from hanse.engines.execution import AS_IS, Executor, Lane, Orders, joined
+from hanse.engines.execution import Executor, Lane, Orders, joined
 from hanse.engines.mechanisms import Mechanisms
 from hanse.engines.pending import Collected, Pending
 from hanse.engines.programs import Programs
@@ -99,11 +100,6 @@ def weights_of(lanes: list[Lane]) -> tuple[np.ndarray, Tensor]:
     if not batches:
         return np.empty(0, np.int64), torch.empty(0, dtype=torch.int64)
     return torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches])
-
-
-def _vectors(message: Tensors) -> Tensors:
-    """What of a message a codec writes."""
-    return {n: t for n, t in message.items() if n not in AS_IS and t.dim() == 1}
 
 
 def ruled(rules: Codec | None, given: Codec, field: str, method: Method) -> Codec:
@@ -195,6 +191,7 @@ class LocalNetwork:
             self.privacy,
             self.adversaries,
         )
+        self.downlink = Downlink(self.down, self.executor.layout_of, self.streams)
         self.pending = Pending()
         self.flops = 0.0 if self.clock.timeless else self.problem.sample_flops(self.samples.x[:1]) * method.gradients
         self.footprint = self._footprint()
@@ -204,7 +201,6 @@ class LocalNetwork:
         """Messages and bytes by kind that peers' programs have sent so far."""
         self.stopping = False
         self._draws = 0
-        self._received: tuple[int, Tensors, Tensors, int] = (-1, {}, {}, 0)
         self._mark()
         self._back = np.full(self.clients, -math.inf)
         if self.privacy is not None:
@@ -325,7 +321,7 @@ class LocalNetwork:
         if len(self.arrived) and (self.kept.widths or self.codec.keeps):
             self._execute_unless_known(self.arrived["client"], who)
             self.pending.remember(self.arrived["ticket"][among(self.arrived["client"], who)], self.kept)
-        messages, sizes = self._down(message, clients, parts)
+        messages, sizes = self.downlink.send(message, clients, parts, self.round)
         share = self.shares(clients)
         sizes += self._agree(clients) + (0 if share is None else SHARE_BYTES)
         numbers = np.array([self.pending.post(work, message) for message in messages])
@@ -345,39 +341,6 @@ class LocalNetwork:
     def _agree(self, clients: Tensor) -> int:
         """Bytes to each of ``clients`` beside its message, for what keeps them private in this exchange."""
         return 0 if self.privacy is None else self.privacy.ask(clients)
-
-    def _down(self, message: Tensors, clients: Tensor, parts: Tensor | None) -> tuple[list[Tensors], Tensor]:
-        """What ``clients`` receive of a message, once if all the same, and its bytes, int64 ``[C]``; the same is encoded once."""
-        if parts is not None:
-            return self._in_parts(message, clients, parts)
-        if self.down.sparse:
-            raise ConfigError(f"schedule: not allowed with {self.method}: only synchronous sends each client its part of a message")
-        round, before, received, size = self._received
-        if self.down.plain:
-            received, size = message, wire_size(message)
-        elif round != self.round or before.keys() != message.keys() or any(before[n] is not t for n, t in message.items()):
-            sent = {n: self.down.roundtrip(t[None].clone(), self._broadcast(n, t)) for n, t in _vectors(message).items()}
-            received = {**message, **{n: s.values[0] for n, s in sent.items()}}
-            size = wire_size({n: t for n, t in message.items() if n not in sent}, {n: int(s.sizes) for n, s in sent.items()})
-            self._received = self.round, message, received, size
-        return [received], torch.full((len(clients),), size)
-
-    def _in_parts(self, message: Tensors, clients: Tensor, parts: Tensor) -> tuple[list[Tensors], Tensor]:
-        """A message of which each client gets a part of its own."""
-        if not len(clients):
-            return [], torch.zeros(0, dtype=torch.int64)
-        sent = {
-            n: self.down.roundtrip(t.repeat(len(clients), 1), replace(self._broadcast(n, t, clients), share=parts))
-            for n, t in _vectors(message).items()
-        }
-        rest = {n: t for n, t in message.items() if n not in sent}
-        each = [{**rest, **{n: s.values[i] for n, s in sent.items()}} for i in range(len(clients))]
-        sizes = [wire_size(rest, {n: int(s.sizes[i]) for n, s in sent.items()}) for i in range(len(clients))]
-        return each, torch.tensor(sizes, dtype=torch.int64)
-
-    def _broadcast(self, name: str, vector: Tensor, clients: Tensor | None = None) -> Sending:
-        whom = torch.zeros(1, dtype=torch.long) if clients is None else clients
-        return Sending(self.executor.layout_of(name, len(vector)), self.streams.seeds(f"down.{name}", whom, self.round))
 
     def _keys(self, who: np.ndarray, round: int | np.ndarray | None = None) -> np.ndarray:
         """What the chance of the next job of each client is drawn for: the round, or later if it has had this version before."""
@@ -446,7 +409,7 @@ class LocalNetwork:
             self.kept.write(batch.upload.clients, batch.kept)
 
     def _at_once(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None) -> tuple[list[Lane], dict[int, Tensors]]:
-        messages, sizes = self._down(message, clients, parts)
+        messages, sizes = self.downlink.send(message, clients, parts, self.round)
         sizes += self._agree(clients)
         keys, versions = torch.from_numpy(self._keys(clients.numpy())), torch.full_like(clients, self.round)
         which = torch.zeros_like(clients) if len(messages) == 1 else torch.arange(len(clients))
