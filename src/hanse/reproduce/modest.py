@@ -191,7 +191,7 @@ def reproduce() -> Findings:
         Property(
             f"models sent to {GOAL:.0%}",
             f"at most a third of D-PSGD on a {DEGREE}-regular graph, each at its best rate",
-            f"{sent[OURS]:.0f} against {sent[PEERS]:.0f}: one {sent[PEERS] / sent[OURS]:.1f}th",
+            f"{sent[OURS]:.0f} against {sent[PEERS]:.0f}, {sent[PEERS] / sent[OURS]:.1f} times as many",
             sent[OURS] <= sent[PEERS] / 3,
         ),
         Property(

@@ -133,7 +133,10 @@ class Member:
             "join": self.on_join,
             "leave": self.on_leave,
         }
-        self.tasks.create_task(self.begin() if self.fresh else self.join())
+        if self.fresh:
+            self.tasks.create_task(self.begin())
+        else:
+            self.join()
         self.tasks.create_task(self.watch())
         try:
             while True:
@@ -299,10 +302,10 @@ class Member:
 
     async def begin(self) -> None:
         if self.id in await self.sample(1, self.rules.sample) and self.training is None:
-            self.k_train = max(self.k_train, 1)
+            self.k_train = 1
             self.training = self.tasks.create_task(self.train(1, self.x))
 
-    async def join(self) -> None:
+    def join(self) -> None:
         self.counter += 1
         self.tell("join", JOIN, self.view.known)
 
