@@ -40,8 +40,8 @@ SETTING = (
     " others are FedAvg with the mean, Multi-Krum and the trimmed mean, the latter two made for as many liars as there are, or for"
     f" {LIARS[1]}; liars send -5 times their update. FRL and FedAvg each at its own better rate without liars: FRL of 0.2 and 0.4"
     " (0.1 and 0.8 are worse), FedAvg, whose rate is also that of the robust means, of 0.3 and 0.5 (0.1 and 1.0 are worse)."
-    f" Accuracy is that on the test set of 360 pictures, mean over the last {LAST} rounds, 0 for a run that diverged; points are of"
-    " 100."
+    f" Accuracy is that on the test set of 360 pictures, mean over the last {LAST} rounds, of a run that diverged 0; points are"
+    " of 100."
 )
 
 
