@@ -131,7 +131,7 @@ SYSTEMS = (
         status="partly",
         implemented="FedSAM under the schedule gossip, on any topology, with Q exchanges a round",
         shown="every exact check in tests/methods and tests/schedules; on digits four exchanges a round bring the nodes from 0.877 "
-        "to 0.941 and the models 12 times closer; DFedSAM is as accurate as DFedAvg and flatter; not shown: a gain in accuracy from "
-        "SAM, CIFAR-10 and ResNet-18 on 100 nodes",
+        "to 0.941 and the models 12 times closer; DFedSAM is as accurate as DFedAvg and flatter; not shown: a gain in accuracy "
+        "from SAM, CIFAR-10 and ResNet-18 on 100 nodes",
     ),
 )
