@@ -27,7 +27,7 @@ from hanse.core.part import Part
 from hanse.topologies import Mixing
 
 LEAST = 1e-12
-"""Variance below which a tensor is taken for constant and left as it is."""
+"""Variance below which a tensor is taken for constant and left as it is; a single number has none."""
 
 
 class Merge(Part):
@@ -62,7 +62,7 @@ class variance_corrected(Merge):
         mixed, alone = mixing.mix(own, received), (mixing.own == 1)[:, None]
         before, arrived = layout.views(own), layout.views(received)
         for name, tensor in layout.views(mixed).items():
-            if tensor.dim() < 3 or tensor[0].numel() < 2 or any(fnmatchcase(name, pattern) for pattern in self.skip):
+            if tensor.dim() < 3 or any(fnmatchcase(name, pattern) for pattern in self.skip):
                 continue
             match self.target:
                 case "others":
