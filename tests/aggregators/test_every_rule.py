@@ -108,7 +108,7 @@ def test_types_and_many_chunks(text: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("text", EVERY)
-def test_the_number_of_threads_changes_no_bit(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_changes_rounding_at_most(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule, rows, threads = Aggregator.parse(text), made(9, 3000, dtype=torch.float32), torch.get_num_threads()
     monkeypatch.setattr("hanse.aggregators.gram.CHUNK", 9 * 64)
     try:
@@ -119,7 +119,7 @@ def test_the_number_of_threads_changes_no_bit(text: str, monkeypatch: pytest.Mon
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    # The plain product at the end is torch's own, which may share out its sums; all else is exact.
+    # Chunks are added up in the same order; only the product at the end is torch's own, which may share out its sums.
     torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
 
 

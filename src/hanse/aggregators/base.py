@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hanse.aggregators.gram import finite
+from hanse.aggregators.gram import finite, one_thread
 from hanse.aggregators.rows import Rows
 from hanse.core.errors import ConfigError
 from hanse.core.part import Part, pipeline
@@ -92,7 +92,11 @@ class Combination(Aggregator):
 
     def aggregate(self, rows: Rows, weights: Tensor | None) -> Tensor | None:
         gram = rows.gram(self.centred)
-        return None if gram is None else rows.combined(self.coefficients(gram, weights))
+        if gram is None:
+            return None
+        with one_thread():
+            c = self.coefficients(gram, weights)
+        return rows.combined(c)
 
 
 class Mixing(Part):

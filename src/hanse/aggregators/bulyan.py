@@ -8,7 +8,7 @@ from torch import Tensor
 from hanse.aggregators.base import Faulty, need
 from hanse.aggregators.combinations import krum_scores
 from hanse.aggregators.coordinates import Coordinates, middle, nearest
-from hanse.aggregators.gram import distances
+from hanse.aggregators.gram import distances, one_thread
 from hanse.aggregators.rows import Rows
 
 
@@ -39,7 +39,9 @@ class bulyan(Coordinates):
             return None
         need(self, self.f, len(gram), 4 * self.f + 3, "4f+3")
         everyone = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        return super().aggregate(rows.mixed(everyone[self.selected(distances(gram))]), weights)
+        with one_thread():
+            selected = everyone[self.selected(distances(gram))]
+        return super().aggregate(rows.mixed(selected), weights)
 
     def columns(self, x: Tensor) -> Tensor:
         return nearest(x, middle(x), len(x) - 2 * self.f)

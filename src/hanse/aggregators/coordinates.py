@@ -55,10 +55,10 @@ def nearest(x: Tensor, centre: Tensor, k: int) -> Tensor:
     """
     x, twice = packed(x), 2 * centre
     kind, sign = (torch.int64, 63) if x.dtype == torch.float64 else (torch.int32, 31)
-    for start in range(0, len(x) - k, k):
+    for start in range(0, x.shape[0] - k, k):
         gained = x[start + k : start + 2 * k]
-        lost = x[start : start + len(gained)]
-        inside = x[: len(gained)].view(kind)
+        lost = x[start : start + gained.shape[0]]
+        inside = x[: gained.shape[0]].view(kind)
         # where(gained + lost < twice, gained, inside) on bits, all ones where the difference is negative: in half the time.
         moves = torch.add(gained, lost).sub_(twice).view(kind).bitwise_right_shift_(sign)
         inside.bitwise_xor_(moves.bitwise_and_(gained.view(kind) ^ inside))

@@ -6,8 +6,9 @@ from distances and angles. So the rows ``[C, P]`` are read once for the Gram mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,17 @@ def spread(work: Callable[[list[slice]], T], rows: Tensor) -> list[T]:
             return list(pool.map(work, shares))
     finally:
         torch.set_num_threads(threads)  # MKL has one number for all threads
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For decompositions of p x p: two threads on them wait for each other, on busy cores longer than everything else takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hanse.aggregators.base import Aggregator, Faulty, Mixing, need
-from hanse.aggregators.gram import distances, symmetric
+from hanse.aggregators.gram import distances, one_thread, symmetric
 from hanse.aggregators.rows import Rows
 from hanse.core.streams import Streams
 
@@ -119,7 +119,8 @@ class mixed(Aggregator):
         gram = rows.gram(self.centred)
         if gram is None:
             return None
-        m = self.before.matrix(gram)
+        with one_thread():
+            m = self.before.matrix(gram)
         return self.rule.aggregate(rows.mixed(m), None if weights is None else (m > 0).double() @ weights.double())
 
     def __str__(self) -> str:
