@@ -2,6 +2,7 @@
 
 from hanse.methods.anarchic import AFA_CD, AFA_CS
 from hanse.methods.base import Method
+from hanse.methods.bristle import Bristle
 from hanse.methods.fedamd import FedAMD
 from hanse.methods.fedasync import FedAsync
 from hanse.methods.fedau import AverageAll, FedAU, KnownParticipation
@@ -24,6 +25,7 @@ __all__ = [
     "MIFA",
     "OPWA",
     "AverageAll",
+    "Bristle",
     "FedAMD",
     "FedAU",
     "FedAdagrad",
