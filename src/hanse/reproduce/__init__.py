@@ -16,7 +16,19 @@ from hanse.reproduce.base import Findings, Property, save, tables
 
 __all__ = ["SLUGS", "Findings", "Property", "run"]
 
-SLUGS = ("anarchic", "bcrs-opwa", "fedamd", "fedau", "fedcompass", "fedfix", "fedspeed", "fedzip", "momentum", "stale-inversion")
+SLUGS = (
+    "anarchic",
+    "bcrs-opwa",
+    "bristle",
+    "fedamd",
+    "fedau",
+    "fedcompass",
+    "fedfix",
+    "fedspeed",
+    "fedzip",
+    "momentum",
+    "stale-inversion",
+)
 """What there is to reproduce, by the name of its file, in which ``-`` is ``_``."""
 
 
