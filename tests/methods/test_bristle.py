@@ -68,7 +68,8 @@ def skilled(fed: hs.Federation) -> Tensor:
 def centred(w: Tensor) -> Tensor:
     """``[..., 10 * 24]`` minus the mean of each column."""
     each = w.view(*w.shape[:-1], 10, 24)
-    return w - each.mean(-1, keepdim=True).expand_as(each).reshape(w.shape)
+    found: Tensor = (each - each.mean(-1, keepdim=True)).reshape(w.shape)
+    return found
 
 
 def test_squash_is_1_at_0_and_0_at_100_ln_two_thirds_and_at_most_6() -> None:
