@@ -60,9 +60,9 @@ def skilled(fed: hs.Federation) -> Tensor:
     """Columns that mostly know the digits, ``[N, P]``: least squares on all samples, disturbed more from peer to peer."""
     x, y, fixed = fed.split.train.x, fed.split.train.y, fed.problem.fixed
     features = (x @ fixed["0.weight"].T + fixed["0.bias"]).relu()
-    w = (torch.linalg.pinv(features) @ (nn.functional.one_hot(y, 10).to(x) - fixed["2.bias"])).T.flatten()
+    w: Tensor = (torch.linalg.pinv(features) @ (nn.functional.one_hot(y, 10).to(x) - fixed["2.bias"])).T.flatten()
     noise = torch.randn(fed.clients, len(w), generator=torch.Generator().manual_seed(0), dtype=w.dtype)
-    return w + noise * torch.linspace(0.01, 0.5, fed.clients)[:, None] * w.std()
+    return w + w.std() * noise * torch.linspace(0.01, 0.5, fed.clients)[:, None]
 
 
 def centred(w: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class neighbouring(Partition):
         kind = data.group[order]
         nth = torch.arange(len(order)) - (available.cumsum(0) - available)[kind]  # of its class
         if self.each is None:
-            place = ((nth + 1) * sharers[kind] - 1) // available[kind]  # as ``even`` cuts
+            place = ((nth + 1) * sharers[kind] - 1).clamp(min=0) // available[kind]  # as ``even`` cuts
             turn = nth - place * available[kind] // sharers[kind].clamp(min=1)
         else:
             place, turn = nth // self.each, nth % self.each
