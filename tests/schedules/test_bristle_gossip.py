@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import hanse as hs
 from hanse.core.streams import Streams
+from hanse.engines.estimate import estimate
 from hanse.engines.local import LocalNetwork
 from hanse.methods import Bristle
 from hanse.schedules.bristle import apportioned, bristle, filled
@@ -186,6 +187,14 @@ def test_integrating_takes_the_time_of_training_and_is_no_update() -> None:
     run = played(fed, Bristle(), bristle(), rounds=3)
     assert run.history[-1]["seconds"] == 3 * (2 + 2) and run.history[-1]["updates"] == 3 * 4
     assert run.clients["rounds"].tolist() == [3] * 4 and run.history[-1]["loss"] > 1
+
+
+def test_the_estimate_knows_the_bytes_and_the_time() -> None:
+    fed, schedule = federation(4, fleet=hs.fleet.devices(job=2.0)), bristle()
+    net = LocalNetwork(fed, Bristle(), ENGINE, hs.codecs.identity(), seed=0, rounds=3, schedule=schedule)
+    run = played(fed, Bristle(), schedule, rounds=3)
+    expected = estimate(net, schedule)
+    assert expected.up == run.history[-1]["bytes_up"] and expected.virtual == run.history[-1]["seconds"]
 
 
 def test_nodes_that_are_away_keep_their_columns() -> None:

@@ -39,6 +39,8 @@ from hanse.topologies import Mixing, Topology, complete
 
 FEWEST = 3
 """Candidates from which on there is a choice."""
+CHUNK = 1 << 20
+"""Numbers that distances are taken of at a time, 4 MB of float32."""
 
 
 class bristle(Lockstep):
@@ -54,9 +56,10 @@ class bristle(Lockstep):
     """Exploration ratio a: 0 is the nearest alone, 1 the farthest. Not used by ``random``."""
 
     def _begin(self, net: Network, method: Method) -> State:
-        if not hasattr(method, "integrate"):
+        state = super()._begin(net, method)
+        if "familiar" not in state:
             raise ConfigError(f"method: {method} is not allowed with {type(self).__name__}: it cannot integrate; use Bristle")
-        return super()._begin(net, method)
+        return state
 
     async def _round(self, net: Network, method: Method, state: State, here: Tensor, mixing: Mixing) -> State:
         state, here = await self._train(net, method, state, here)
@@ -83,19 +86,20 @@ class bristle(Lockstep):
         int64 ``[N, k]`` and whether there is one at each place, bool; k is the most that any node has.
         """
         degrees, senders, receivers = arrived.degrees, arrived.neighbours, arrived.receivers
-        far = (own[receivers] - received[senders]).norm(dim=1).double().cpu()
+        some = max(1, CHUNK // own.shape[1])
+        pairs = zip(torch.split(receivers, some), torch.split(senders, some), strict=True)
+        far = torch.cat([(own[i] - received[j]).norm(dim=1) for i, j in pairs]).double().cpu()
         drawn = streams.uniform("bristle.candidates", receivers, round, extra=senders)[:, 0].cpu()
         order = _by(receivers, far)
         senders, drawn = senders[order], drawn[order]  # by node, the nearest first
         rank = torch.arange(len(order)) - arrived.offsets[receivers]
         sizes, quotas = self._groups(degrees)
         group = (rank[:, None] >= sizes.cumsum(1)[receivers]).sum(1)
-        many = len(quotas)
         taken = torch.where(degrees[:, None] < FEWEST, sizes, filled(quotas, sizes))
-        # Places in a random order of each node's group: only those below what is taken of the group are candidates.
-        cell = receivers * many + group
-        place = torch.empty_like(rank)
-        place[_by(cell, drawn)] = torch.arange(len(order)) - (sizes.flatten().cumsum(0) - sizes.flatten())[cell[_by(cell, drawn)]]
+        # Everybody's place in a random order of its group: those below what is taken of the group are candidates.
+        cell, size = receivers * len(quotas) + group, sizes.flatten()
+        mixed = _by(cell, drawn)
+        place = torch.empty_like(rank).index_copy_(0, mixed, torch.arange(len(mixed)) - (size.cumsum(0) - size)[cell[mixed]])
         chosen = place < taken.flatten()[cell]
         senders, receivers = senders[chosen], receivers[chosen]
         counts = torch.bincount(receivers, minlength=len(degrees))
