@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hanse.data.partition import feature_shift as feature_shift
     from hanse.data.partition import iid as iid
     from hanse.data.partition import natural as natural
+    from hanse.data.partition import neighbouring as neighbouring
     from hanse.data.partition import quantity as quantity
     from hanse.data.partition import shards as shards
     from hanse.experiment import resume as resume
@@ -67,7 +68,7 @@ _HOME = {
     ),
     "tasks": "data",
     "figures": "track",
-    **dict.fromkeys(("dirichlet", "feature_shift", "iid", "natural", "quantity", "shards"), "data.partition"),
+    **dict.fromkeys(("dirichlet", "feature_shift", "iid", "natural", "neighbouring", "quantity", "shards"), "data.partition"),
     **dict.fromkeys(("resume", "run"), "experiment"),
     "Federation": "federation",
     "Run": "track.run",

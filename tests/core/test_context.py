@@ -243,3 +243,18 @@ def test_a_single_sample_leaves_the_running_statistics_alone() -> None:
     first = context(problem, paths(problem)["loop"], samples, Plan(batch=4, steps=1, shuffle=False))
     first.displacement(plain)
     torch.testing.assert_close(both.buffers, first.buffers)
+
+
+def test_an_optimiser_that_goes_on_from_what_it_remembers() -> None:
+    """Two times two steps with a memory are four steps."""
+    problem = Problem(nn.Linear(3, 2), dtype=torch.float64)
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
+    samples, local = samples_of([4, 4], x, y), adamw()
+    path, plan = paths(problem)["loop"], Plan(batch=4, steps=2, shuffle=False)
+    slots = local.slots(problem.start.expand(2, -1))
+    first = context(problem, path, samples, plan, local=local).descend(plain, slots)
+    second = context(problem, path, samples, plan, local=local, message={"x": first}).descend(plain, slots)
+    whole = context(problem, path, samples, Plan(batch=4, steps=4, shuffle=False), local=local).descend(plain)
+    forgetful = context(problem, path, samples, plan, local=local, message={"x": first}).descend(plain)
+    assert torch.equal(second, whole) and not torch.equal(forgetful, whole)
+    assert slots["t"].flatten().tolist() == [4, 4]

@@ -10,7 +10,7 @@ from hanse.core.errors import ConfigError, DataError
 from hanse.core.samples import Samples
 from hanse.core.streams import Streams
 from hanse.data import partition as module
-from hanse.data.partition import Partition, dirichlet, feature_shift, iid, natural, quantity, shards
+from hanse.data.partition import Partition, dirichlet, feature_shift, iid, natural, neighbouring, quantity, shards
 from hanse.data.task import Dataset, Split
 
 
@@ -82,7 +82,7 @@ def test_a_split_follows_its_seed_and_nothing_else(case):
 
 def test_another_seed_gives_another_split():
     data = even_classes(200, 4)
-    for part in (iid(), dirichlet(), shards(), quantity()):
+    for part in (iid(), dirichlet(), shards(), quantity(), neighbouring()):
         assert everything(part.split(data, 10, Streams(0))) != everything(part.split(data, 10, Streams(1)))
 
 
@@ -322,3 +322,38 @@ def test_values_out_of_range(text):
 def test_positional_values_are_the_partitions_own():
     assert dirichlet(0.1) == Partition.parse("dirichlet(0.1)") == dirichlet(alpha=0.1)
     assert str(dirichlet(0.1, test=0)) == "dirichlet(alpha=0.1, test=0.0)"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_neighbouring_classes_are_dealt_evenly_to_all_who_have_them(data):
+    classes, clients = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 12))
+    wide, seed = data.draw(st.integers(1, classes)), data.draw(st.integers(0, 3))
+    labels = torch.arange(classes).repeat_interleave(
+        torch.randint(12, 40, (classes,), generator=torch.Generator().manual_seed(seed))
+    )
+    split = neighbouring(classes=wide, test=0).split(numbered_data(labels, classes), clients, Streams(seed))
+    for client, held in enumerate(split.groups):
+        assert sorted((client + j) % classes for j in range(wide)) == held.nonzero().flatten().tolist()
+    for held, there in zip(split.groups.t(), torch.bincount(labels), strict=True):
+        shares = held[held > 0]
+        assert not len(shares) or (shares.sum() == there and shares.max() - shares.min() <= 1)
+    assert len(set(everything(split))) == len(everything(split))
+
+
+def test_neighbouring_clients_with_so_many_samples_of_each_class_have_all_of_them_in_both_parts():
+    split = neighbouring(each=15, test=2 / 3).split(even_classes(1400, 10), 15, Streams(0))
+    assert split.groups[12].tolist() == [0, 0, 5, 5, 5, 5, 0, 0, 0, 0]
+    for client in range(15):
+        trained, tested = split.train.of(client)[1], split.test.of(client)[1]
+        assert torch.equal(torch.bincount(tested, minlength=10), 2 * torch.bincount(trained, minlength=10))
+    assert trained.tolist() != sorted(trained.tolist())
+
+
+def test_neighbouring_classes_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match=r"neighbouring.classes: 5 is not allowed: the task has 4"):
+        neighbouring(classes=5).split(even_classes(40, 4), 4, Streams(0))
+    with pytest.raises(ConfigError, match=r"neighbouring.each: 4 is not allowed: 8 clients, at most 3 samples of a class"):
+        neighbouring(classes=2, each=4).split(even_classes(48, 4), 8, Streams(0))
+    most = neighbouring(classes=2, each=3).split(even_classes(48, 4), 8, Streams(0))
+    assert (most.train.counts() + most.test.counts()).tolist() == [6] * 8

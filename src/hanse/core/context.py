@@ -27,7 +27,8 @@ class Context:
     ``rounds`` ``[C]`` names each client's work: all its chance is drawn for it. ``steps`` ``[C]`` are its local steps, never rising
     along C. ``message``: what the server sent, the same to all, or, if ``mixed``, a row a client, because they started from
     different versions. ``state``: what these clients keep, ``[C, ...]``; what the rule writes there is kept. ``totals``: where
-    nobody needs single clients' sums, the running sums over clients so far, to which ``train`` may add by itself.
+    nobody needs single clients' sums, the running sums over clients so far, to which ``train`` may add by itself. ``tests``: all
+    clients' own test samples, for work that measures models on them.
     """
 
     problem: Problem
@@ -45,6 +46,7 @@ class Context:
     local: Optimizer
     clip: float | None = None
     totals: Tensors | None = None
+    tests: Samples | None = None
     buffers: Tensor = field(init=False)
     private: Tensor | None = field(init=False)
     loss: Tensor = field(init=False)
@@ -131,11 +133,15 @@ class Context:
         self._first_pass = True
         return self.grad(w, large)
 
-    def descend(self, direction: Direction) -> Tensor:
-        """Take all local steps from ``start``; returns the end points ``[C, P]``."""
+    def descend(self, direction: Direction, slots: Slots | None = None) -> Tensor:
+        """Take all local steps from ``start``; returns the end points ``[C, P]``.
+
+        ``slots`` are what the optimiser remembers, ``[C, ...]`` each, changed in place; None: nothing yet.
+        """
         clients, size = len(self.ids), self.start.shape[-1]
         w = self.start.expand(clients, size).clone()
-        slots, own = self.local.slots(w), {} if self.private is None else self.local.slots(self.private)
+        slots = self.local.slots(w) if slots is None else slots
+        own = {} if self.private is None else self.local.slots(self.private)
         view = self
         for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.rounds, self._lengths):
             if active != len(view.ids):

@@ -8,6 +8,7 @@ frozen tensors are held once, whatever the number of clients.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -22,6 +23,9 @@ from hanse.core.samples import Samples
 
 EVALUATION_CHUNK = 512
 """Samples per forward pass of an evaluation; large enough to be efficient, small enough for activations to fit."""
+
+_SWAPPING = threading.Lock()
+"""A functional call puts its tensors into the module for as long as it takes, so threads take turns."""
 
 
 class Problem:
@@ -100,6 +104,18 @@ class Problem:
         return 3.0 * max(float(counter.get_total_flops()), 2.0 * self.layout.size)
 
     @torch.no_grad()
+    def outputs(self, w: Tensor, buffers: Tensor, x: Tensor) -> Tensor:
+        """The outputs ``[M, B, ...]`` of M models ``w`` ``[M, P]`` with statistics ``buffers`` ``[M, Q]``, each on its own samples.
+
+        ``x`` ``[M, B, ...]`` are these samples. Under a further ``vmap`` over ``w``, what does not depend on it is computed once.
+        """
+        forward = vmap(lambda w, buffers, x: functional_call(self.model, self.named(w, buffers), (x,)))
+        with _SWAPPING:
+            self.model.eval()
+            out: Tensor = forward(w, buffers, x)
+        return out
+
+    @torch.no_grad()
     def scores(self, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of every sample, each ``[N]``, without gradients."""
         parts: dict[str, list[Tensor]] = {}
@@ -134,13 +150,11 @@ class Problem:
         counts, last = samples.counts(), int(samples.offsets[-1]) - 1
         size = int(counts.max())
         place, many = torch.arange(size), max(1, EVALUATION_CHUNK // size)
-        forward = vmap(lambda w, buffers, x: functional_call(self.model, self.named(w, buffers), (x,)))
-        self.model.eval()
         parts: dict[str, list[Tensor]] = {}
         for ids in (torch.arange(i, min(i + many, len(w))) for i in range(0, len(w), many)):
             real = place < counts[ids, None]
             x, y = samples.take((samples.offsets[ids, None] + place * real).clamp(max=last))
-            output = forward(w[ids], buffers[ids], x).flatten(0, 1)
+            output = self.outputs(w[ids], buffers[ids], x).flatten(0, 1)
             for name, score in {"loss": self.loss, **self.metrics}.items():
                 parts.setdefault(name, []).append(score(output, y.flatten(0, 1))[real.flatten().to(output.device)])
         return {name: torch.cat(values) for name, values in parts.items()}

@@ -1,7 +1,7 @@
 """Tasks, and partitions of their data over clients."""
 
 from hanse.data import files, partition, tasks
-from hanse.data.partition import Partition, dirichlet, feature_shift, iid, natural, quantity, shards
+from hanse.data.partition import Partition, dirichlet, feature_shift, iid, natural, neighbouring, quantity, shards
 from hanse.data.task import Dataset, Split, Task
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "files",
     "iid",
     "natural",
+    "neighbouring",
     "partition",
     "quantity",
     "shards",

@@ -204,6 +204,47 @@ class shards(Partition):
         return gather(owner, clients, streams)
 
 
+class neighbouring(Partition):
+    """Every client has some neighbouring classes, one further than the client before: ``i, i + 1, ...``, modulo their number.
+
+    The split of Verbraeken, de Vos, Pouwelse: "Bristle", arXiv 2110.11006. A client's samples are in a random order but for taking
+    its classes in turns, so that its test part has all of them alike.
+    """
+
+    classes: PositiveInt = 4
+    """Classes of every client."""
+    each: PositiveInt | None = None
+    """Samples of each class that a client has, its test part included; None: a class is dealt evenly to all who have it."""
+
+    def deal(self, data: Dataset, clients: int, streams: Streams) -> tuple[Tensor, Tensor]:
+        count = len(data.names)
+        if self.classes > count:
+            raise ConfigError(f"neighbouring.classes: {self.classes} is not allowed: the task has {count}")
+        has = (torch.arange(count) - torch.arange(clients)[:, None]) % count < self.classes
+        sharers, available = has.sum(0), torch.bincount(data.group, minlength=count)
+        if self.each is not None and bool((self.each * sharers > available).any()):
+            most = int((available // sharers.clamp(min=1))[sharers > 0].min())
+            raise ConfigError(
+                f"neighbouring.each: {self.each} is not allowed: {clients} clients, at most {most} samples of a class"
+            )
+        order = shuffled(len(data.x), streams, "partition.classes")
+        order = order[torch.argsort(data.group[order], stable=True)]
+        kind = data.group[order]
+        nth = torch.arange(len(order)) - (available.cumsum(0) - available)[kind]  # of its class
+        if self.each is None:
+            place = ((nth + 1) * sharers[kind] - 1).clamp(min=0) // available[kind]  # as ``even`` cuts
+            turn = nth - place * available[kind] // sharers[kind].clamp(min=1)
+        else:
+            place, turn = nth // self.each, nth % self.each
+        dealt = place < sharers[kind]
+        order, kind, place, turn = order[dealt], kind[dealt], place[dealt], turn[dealt]
+        owner = has.t().nonzero()[(sharers.cumsum(0) - sharers)[kind] + place, 1]
+        mixed = shuffled(len(order), streams, "partition.order")
+        mixed = mixed[torch.argsort(turn[mixed], stable=True)]
+        mixed = mixed[torch.argsort(owner[mixed], stable=True)]
+        return order[mixed], torch.bincount(owner, minlength=clients)
+
+
 class natural(Partition):
     """The clients that the data come with (writers, hospitals, packages), in their own order.
 

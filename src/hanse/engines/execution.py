@@ -110,9 +110,10 @@ class Executor:
         shortcuts: bool,
         privacy: Mechanisms | None = None,
         adversaries: Adversaries | None = None,
+        tests: Samples | None = None,
     ) -> None:
         self.problem, self.samples, self.method, self.codec, self.streams = problem, samples, method, codec, streams
-        self.kept, self.paths, self.privacy, self.adversaries = kept, paths, privacy, adversaries
+        self.kept, self.paths, self.privacy, self.adversaries, self.tests = kept, paths, privacy, adversaries, tests
         self.shortcuts = shortcuts and codec.plain and privacy is None and adversaries is None
         self.plan = method.plan()
         self.layout = problem.shared_layout
@@ -178,6 +179,7 @@ class Executor:
             local=self.method.local,
             clip=self.method.clip,
             totals=totals,
+            tests=self.tests,
         )
         upload: Upload = getattr(self.method, orders.work)(ctx)
         return Trained(orders, upload, ctx.state)

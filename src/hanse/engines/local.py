@@ -190,6 +190,7 @@ class LocalNetwork:
             engine.shortcuts,
             self.privacy,
             self.adversaries,
+            federation.split.test,
         )
         self.downlink = Downlink(self.down, self.executor.layout_of, self.streams)
         self.pending = Pending()
@@ -443,12 +444,16 @@ class LocalNetwork:
         )
 
     def _locally(self, work: str, nodes: Tensor, message: Tensors, rounds: Tensor) -> Reply:
-        """What ``nodes`` make of their rows of ``message``; their learning rates are those of ``rounds``."""
-        keys, steps = torch.from_numpy(self._keys(nodes.numpy(), rounds.numpy())), self._task(nodes, None).steps
+        """What ``nodes`` make of their rows of ``message``; their learning rates are those of ``rounds``.
+
+        Work other than training has purposes of its own to draw for, and is no update.
+        """
+        trains, steps = work == "train", self._task(nodes, None).steps
+        keys = torch.from_numpy(self._keys(nodes.numpy(), rounds.numpy())) if trains else rounds
         orders = Orders(work, [message], nodes, nodes, keys, rounds, steps, torch.arange(len(nodes)), own=True)
         lanes = self._perform(orders, total=False) if len(nodes) else []
         self._keep(lanes)
-        return self._reply({}, Collected(lanes, [], None), None, lambda rows, weights: rows)
+        return self._reply({}, Collected(lanes, [], None), None, lambda rows, weights: rows, trains)
 
     async def exchange(self, models: Tensor, mixing: Mixing) -> tuple[Tensor, Mixing]:
         told = models
@@ -572,8 +577,12 @@ class LocalNetwork:
         found: Collected,
         total: float | None,
         aggregate: Callable[[Tensor, Tensor], Tensor] | None = None,
+        trained: bool = True,
     ) -> Reply:
-        """What the server sees of collected jobs, whose contributions become one by ``aggregate``, or as the rule says."""
+        """What the server sees of collected jobs, whose contributions become one by ``aggregate``, or as the rule says.
+
+        If they ``trained``, they are in the round's record.
+        """
         batches = [batch for lane in found.lanes for batch in lane.batches]
         uploads = [batch.upload for batch in batches]
         names = uploads[0].rows if uploads else {}
@@ -600,7 +609,7 @@ class LocalNetwork:
             aggregate=aggregate,
         )
         reply = self._private(reply)
-        if len(reply):
+        if trained and len(reply):
             self.cohort = torch.cat([self.cohort, reply.clients]) if len(self.cohort) else reply.clients
             loss, weight = reply.loss.cpu().double().numpy(), reply.weight.cpu().double().numpy()
             total_weight = float(weight.sum())

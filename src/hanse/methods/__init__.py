@@ -2,6 +2,7 @@
 
 from hanse.methods.anarchic import AFA_CD, AFA_CS
 from hanse.methods.base import Method
+from hanse.methods.bristle import Bristle
 from hanse.methods.fedamd import FedAMD
 from hanse.methods.fedasync import FedAsync
 from hanse.methods.fedau import AverageAll, FedAU, KnownParticipation
@@ -28,6 +29,7 @@ __all__ = [
     "OPWA",
     "RFFL",
     "AverageAll",
+    "Bristle",
     "FedAMD",
     "FedAU",
     "FedAdagrad",

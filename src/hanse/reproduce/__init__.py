@@ -19,6 +19,7 @@ __all__ = ["SLUGS", "Findings", "Property", "run"]
 SLUGS = (
     "anarchic",
     "bcrs-opwa",
+    "bristle",
     "dfedsam",
     "fedamd",
     "fedau",

@@ -2,6 +2,7 @@
 
 from hanse.schedules.anarchic import anarchic
 from hanse.schedules.async_gossip import async_gossip
+from hanse.schedules.bristle import bristle
 from hanse.schedules.cyclic import cyclic
 from hanse.schedules.fedbuff import fedasync, fedbuff
 from hanse.schedules.fedcompass import fedcompass
@@ -21,6 +22,7 @@ __all__ = [
     "Staleness",
     "anarchic",
     "async_gossip",
+    "bristle",
     "cyclic",
     "fedasync",
     "fedbuff",

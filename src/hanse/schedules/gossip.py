@@ -19,7 +19,7 @@ a model that has been averaged in it already. Sent: Q models of a node to each o
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -27,13 +27,65 @@ from torch import Tensor
 
 from hanse.aggregators.merging import Merge, average
 from hanse.core.errors import ConfigError
-from hanse.core.messages import Tensors
+from hanse.core.messages import Reply, Tensors
 from hanse.methods.base import Method, State
 from hanse.schedules.network import Network, Schedule
 from hanse.topologies import Mixing, Topology, ring
 
 
-class gossip(Schedule):
+class Lockstep(Schedule):
+    """Base of schedules without a server in whose rounds all nodes train, exchange models, and do something with them."""
+
+    abstract: ClassVar[bool] = True
+
+    topology: Topology = ring()
+    """Who is whose neighbour."""
+    patience: PositiveFloat = math.inf
+    """Seconds after which a round goes on without those still training, who keep their models."""
+
+    async def run(self, net: Network, method: Method) -> None:
+        state, _ = net.begin(self._begin(net, method))
+        everyone, fixed = torch.arange(net.clients), None if self.topology.varying else self.mixing(net)
+        while net.going():
+            here = net.there(everyone)
+            if not bool(here.any()):
+                await net.wait(anyone=True)
+                here = net.there(everyone)
+            state = await self._round(net, method, state, here, fixed or self.mixing(net))
+            await net.commit(state)
+
+    def mixing(self, net: Network) -> Mixing:
+        """This round's W."""
+        return Mixing.metropolis(self.topology.graph(net.clients, net.streams, net.round))
+
+    def _begin(self, net: Network, method: Method) -> State:
+        """Everybody's state: what the rule's server would hold, a row a node."""
+        name = type(self).__name__
+        if method.opens:
+            raise ConfigError(f"method: {method} is not allowed with {name}: it begins with a server that hears from everybody")
+        if net.problem.shares_buffers:
+            raise ConfigError(
+                f"buffers: 'average' is not allowed with {name}: nodes exchange no batch-norm statistics; use 'private'"
+            )
+        return {name: t.expand(net.clients, *t.shape).clone() for name, t in method.init(net.problem).items()}
+
+    async def _round(self, net: Network, method: Method, state: State, here: Tensor, mixing: Mixing) -> State:
+        """A round of the nodes that are there, bool ``[N]``; everybody's new state."""
+        raise TypeError(f"{type(self).__name__} does not define _round")
+
+    async def _train(self, net: Network, method: Method, state: State, here: Tensor) -> tuple[State, Tensor]:
+        """The nodes that are there train and step; their states, and who has."""
+        nodes = here.nonzero().squeeze(1)
+        reply = await net.work(nodes, "train", method.message(rows(state, nodes)), self.patience)
+        if reply.each.keys() - {"delta"}:
+            sent = ", ".join(sorted(reply.each))
+            raise ConfigError(
+                f"method: {method} is not allowed with {type(self).__name__}: it needs a server, to which clients send {sent}"
+            )
+        return stepped(state, method, reply, net.round), torch.zeros_like(here).index_fill(0, reply.clients, True)
+
+
+class gossip(Lockstep):
     """Rounds of training and averaging with neighbours; every node has a model of its own."""
 
     topology: Topology = ring()
@@ -51,30 +103,12 @@ class gossip(Schedule):
     """What comes first in a round: training, or averaging."""
     start: Literal["same", "own"] = "same"
     """Initial weights: the same everywhere, or drawn by every node for itself."""
-    patience: PositiveFloat = math.inf
-    """Seconds after which a round goes on without those still training, who keep their models."""
 
     @model_validator(mode="after")
     def _one_weighting(self) -> gossip:
         if self.own is not None and self.weights != "metropolis":
             raise ValueError(f"gossip.own: {self.own} is not allowed with weights={self.weights!r}")
         return self
-
-    async def run(self, net: Network, method: Method) -> None:
-        state, _ = net.begin(self._begin(net, method))
-        everyone, fixed = torch.arange(net.clients), None if self.topology.varying else self.mixing(net)
-        while net.going():
-            here = net.there(everyone)
-            if not bool(here.any()):
-                await net.wait(anyone=True)
-                here = net.there(everyone)
-            mixing = fixed or self.mixing(net)
-            if self.order == "mix":
-                state = await self._mix(net, state, mixing.without(~here))
-            state, here = await self._train(net, method, state, here)
-            if self.order == "train":
-                state = await self._mix(net, state, mixing.without(~here))
-            await net.commit(state)
 
     def mixing(self, net: Network) -> Mixing:
         """This round's W."""
@@ -84,30 +118,14 @@ class gossip(Schedule):
         return Mixing.metropolis(graph) if self.weights == "metropolis" else Mixing.proportional(graph, net.counts)
 
     def _begin(self, net: Network, method: Method) -> State:
-        """Everybody's state: what the rule's server would hold, a row a node."""
-        if method.opens:
-            raise ConfigError(f"method: {method} is not allowed with gossip: it begins with a server that hears from everybody")
-        if net.problem.shares_buffers:
-            raise ConfigError(
-                "buffers: 'average' is not allowed with gossip: nodes exchange no batch-norm statistics; use 'private'"
-            )
-        state = {name: t.expand(net.clients, *t.shape).clone() for name, t in method.init(net.problem).items()}
+        state = super()._begin(net, method)
         return state if self.start == "same" else {**state, "x": net.starts()}
 
-    async def _train(self, net: Network, method: Method, state: State, here: Tensor) -> tuple[State, Tensor]:
-        """The nodes that are there train and step; their states, and who has."""
-        nodes = here.nonzero().squeeze(1)
-        reply = await net.work(nodes, "train", method.message(rows(state, nodes)), self.patience)
-        if reply.each.keys() - {"delta"}:
-            sent = ", ".join(sorted(reply.each))
-            raise ConfigError(f"method: {method} is not allowed with gossip: it needs a server, to which clients send {sent}")
-        nodes = reply.clients
-        if not len(nodes):
-            return state, torch.zeros_like(here)
-        moved = method.step(rows(state, nodes), reply, net.round)
-        return {name: t.index_copy(0, nodes, moved[name]) for name, t in state.items()}, torch.zeros_like(here).index_fill(
-            0, nodes, True
-        )
+    async def _round(self, net: Network, method: Method, state: State, here: Tensor, mixing: Mixing) -> State:
+        if self.order == "mix":
+            state = await self._mix(net, state, mixing.without(~here))
+        state, here = await self._train(net, method, state, here)
+        return await self._mix(net, state, mixing.without(~here)) if self.order == "train" else state
 
     async def _mix(self, net: Network, state: State, mixing: Mixing) -> State:
         models = state["x"]
@@ -115,6 +133,14 @@ class gossip(Schedule):
             received, weights = await net.exchange(models, mixing)
             models = self.merge(models, received, weights, net.problem.shared_layout)
         return {**state, "x": models}
+
+
+def stepped(state: State, method: Method, reply: Reply, round: int) -> State:
+    """Everybody's state after the rule's step of the nodes in ``reply``, each on its own row."""
+    if not len(reply):
+        return state
+    moved = method.step(rows(state, reply.clients), reply, round)
+    return {name: t.index_copy(0, reply.clients, moved[name]) for name, t in state.items()}
 
 
 def rows(state: State, nodes: Tensor) -> Tensors:

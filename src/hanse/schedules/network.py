@@ -120,7 +120,8 @@ class Network(Protocol):
     async def work(self, nodes: Tensor, work: str, message: Tensors, patience: float = math.inf) -> Reply:
         """Have ``nodes`` do the rule's ``work``, each from its own row of ``message`` (of ``len(nodes)`` rows): nothing travels.
 
-        Those not done after ``patience`` seconds are left out; all others reply, and ``mean`` leaves each of them its own.
+        Those not done after ``patience`` seconds are left out; all others reply, and ``mean`` leaves each of them its own. Whatever
+        the work, it takes as long as training does; only training counts as an update.
         """
         ...
 
