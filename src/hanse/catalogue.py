@@ -17,7 +17,7 @@ KINDS: dict[str, type[Part]] = {
     "topologies": topologies.Topology,
     "codecs": codecs.Codec,
     "aggregators": aggregators.Aggregator,
-    "pre-aggregations": aggregators.Mixing,
+    "pre-aggregations": aggregators.PreAggregation,
     "merges": aggregators.Merge,
     "attacks": attacks.Attack,
     "privacy": privacy.Privacy,

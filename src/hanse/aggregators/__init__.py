@@ -1,20 +1,20 @@
 """From the clients' rows to one vector."""
 
-from hanse.aggregators.base import Aggregator, Combination, Mixing
+from hanse.aggregators.base import Aggregator, Combination, PreAggregation
 from hanse.aggregators.bulyan import bulyan
 from hanse.aggregators.combinations import centred_clipping, geometric_median, krum, multi_krum
 from hanse.aggregators.coordinates import Coordinates, meamed, median, phocas, trimmed_mean
 from hanse.aggregators.flag import flag
 from hanse.aggregators.mean import mean
 from hanse.aggregators.merging import Merge, average, robust, variance_corrected
-from hanse.aggregators.mixing import bucketing, clipping, mixed, nnm, series
+from hanse.aggregators.preaggregation import bucketing, clipping, mixed, nnm, series
 
 __all__ = [
     "Aggregator",
     "Combination",
     "Coordinates",
     "Merge",
-    "Mixing",
+    "PreAggregation",
     "average",
     "bucketing",
     "bulyan",

@@ -75,7 +75,7 @@ class Aggregator(Part):
         *before, rule = pipeline(text)
         if not before:
             return super().parse(text)
-        return reduce(or_, [*map(Mixing.parse, before), cls.parse(rule)])  # type: ignore[return-value]
+        return reduce(or_, [*map(PreAggregation.parse, before), cls.parse(rule)])  # type: ignore[return-value]
 
 
 class Combination(Aggregator):
@@ -99,7 +99,7 @@ class Combination(Aggregator):
         return rows.combined(c)
 
 
-class Mixing(Part):
+class PreAggregation(Part):
     """Base of pre-aggregations, which make new rows of the rows: a matrix that follows from inner products alone."""
 
     kind: ClassVar[str] = "pre-aggregation"
@@ -124,9 +124,9 @@ class Mixing(Part):
     def __or__(self, then: Aggregator) -> Aggregator: ...
 
     @overload
-    def __or__(self, then: Mixing) -> Mixing: ...
+    def __or__(self, then: PreAggregation) -> PreAggregation: ...
 
-    def __or__(self, then: Aggregator | Mixing) -> Aggregator | Mixing:
+    def __or__(self, then: Aggregator | PreAggregation) -> Aggregator | PreAggregation:
         if isinstance(then, Aggregator):
             return Aggregator.named("mixed")(before=self, rule=then)
-        return Mixing.named("series")(mixings=(self, then))
+        return PreAggregation.named("series")(mixings=(self, then))

@@ -12,7 +12,7 @@ from judge import byzfl
 from made_rows import made, some_rows
 from torch import Tensor
 
-from hanse.aggregators import Aggregator, Mixing, bucketing, clipping, mean, nnm
+from hanse.aggregators import Aggregator, PreAggregation, bucketing, clipping, mean, nnm
 
 RULES = (
     "mean",
@@ -27,14 +27,14 @@ RULES = (
 )
 
 
-def new_rows(mixing: Mixing, rows: Tensor) -> Tensor:
+def new_rows(mixing: PreAggregation, rows: Tensor) -> Tensor:
     return mixing.matrix(rows @ rows.T) @ rows
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("before", ["nnm(2)", "bucketing(2)", "clipping", "clipping(2) | nnm(2)"])
 def test_a_rule_after_it_is_the_rule_on_the_new_rows(before: str, rule: str) -> None:
-    rows, mixing = made(15, 30), Mixing.parse(before)
+    rows, mixing = made(15, 30), PreAggregation.parse(before)
     found = Aggregator.parse(f"{before} | {rule}")(rows)
     # Inner products of the differences seed other buckets than plain ones; rows that differ much are never centred.
     torch.testing.assert_close(found, Aggregator.parse(rule)(new_rows(mixing, rows)), rtol=0, atol=1e-9)

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from hanse.aggregators.base import Aggregator, Faulty, Mixing, need
+from hanse.aggregators.base import Aggregator, Faulty, PreAggregation, need
 from hanse.aggregators.gram import distances, one_thread, symmetric
 from hanse.aggregators.rows import Rows
 from hanse.core.streams import Streams
 
 
-class nnm(Mixing):
+class nnm(PreAggregation):
     """Nearest-neighbour mixing: every row becomes the mean of the p - f rows nearest to it, itself among them.
 
     Allouah, Farhadkhani, Guerraoui, Gupta, Pinot, Stephan: "Fixing by Mixing: A Recipe for Optimal Byzantine ML under
@@ -36,7 +36,7 @@ class nnm(Mixing):
         return torch.zeros_like(gram).scatter_(1, order, 1 / (p - self.f))
 
 
-class bucketing(Mixing):
+class bucketing(PreAggregation):
     """The means of buckets of rows, dealt out by chance; the last one may be smaller.
 
     Karimireddy, He, Jaggi: "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022, arXiv 2006.09365.
@@ -55,7 +55,7 @@ class bucketing(Mixing):
         return m / m.sum(1, keepdim=True)
 
 
-class clipping(Mixing):
+class clipping(PreAggregation):
     """Rows that are longer than a bound become as long as the bound."""
 
     bound: PositiveFloat | None = None
@@ -71,10 +71,10 @@ class clipping(Mixing):
         return torch.where(length > bound, bound / length, 1).diag()
 
 
-class series(Mixing):
+class series(PreAggregation):
     """Pre-aggregations one after another, written ``nnm(2) | bucketing(2)``."""
 
-    mixings: Annotated[tuple[Mixing, ...], Field(min_length=1)]
+    mixings: Annotated[tuple[PreAggregation, ...], Field(min_length=1)]
     """In their order."""
 
     @property
@@ -106,7 +106,7 @@ class mixed(Aggregator):
     A new row weighs what those it is made of weigh.
     """
 
-    before: Mixing
+    before: PreAggregation
     """What makes the new rows."""
     rule: Aggregator
     """What aggregates them."""
