@@ -33,7 +33,8 @@ RATES = (0.001, 0.01, 0.1)
 SETTING = (
     f"Digits, {FEATURES} random features (two layers of rectified units, He's initial weights), of which the output weights are"
     f" trained. {PEERS} peers that all know each other, with 4 neighbouring classes each, 5 samples of each class to train on and"
-    f" 10 to test others on; {LIARS} of them lie: they train on labels 9 - y, or send normal noise instead of what they learned."
+    f" 10 to test others on; {LIARS} of them lie: they train on labels 9 - y, or send normal noise instead of what they learned,"
+    " and merge as everybody does."
     f" {ROUNDS} rounds of one step of Adam on 5 samples, L2 0.005. All rows take these steps and move the columns of their own"
     " classes; they differ in what a peer makes of the columns it receives. Accuracy is on the test set of 360 pictures of all"
     " classes, the mean over the honest peers of their own models after the last round, means over 3 seeds; a picture is 0.003."
@@ -131,7 +132,7 @@ def draw(authors: Tensor, best: Tensor) -> Figure:
 
 
 def reproduce() -> Findings:
-    """Measure the claims; about five minutes on one core."""
+    """Measure the claims; about three minutes on one core."""
     peers = [federation(seed) for seed in SEEDS]
     shape = (len(SCHEDULES), len(ATTACKS), len(RATES), len(SEEDS))
     found = torch.tensor(
