@@ -20,6 +20,7 @@ CHANGED = {
     "codec": ["topk(0.2)", "feedback(topk(0.1) | sign)"],
     "down": "cast",
     "privacy": ["differential(clip=0.5, noise=2.0)", "secure"],
+    "attack": "alie(share=0.3)",
     "engine": 'local(path="loop")',
     "rounds": 9,
     "seconds": 12.5,
@@ -114,7 +115,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_parts_are_built_on_demand() -> None:
-    rules, schedules, codecs, down, engine, privacy = Settings.read(None, CHANGED).parts()
+    rules, schedules, codecs, down, engine, privacy, attack = Settings.read(None, CHANGED).parts()
     assert [str(p) for p in (*rules, *schedules, *codecs, down)] == [
         "FedAvg(lr=0.2)",
         "Scaffold",
@@ -126,6 +127,7 @@ def test_parts_are_built_on_demand() -> None:
     ]
     assert engine.path == "loop"
     assert [str(p) for p in privacy] == ["differential(clip=0.5, noise=2.0)", "secure"]
+    assert str(attack) == "alie(share=0.3)"
 
 
 def test_one_text_may_hold_both_kinds_of_privacy() -> None:

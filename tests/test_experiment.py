@@ -86,7 +86,7 @@ def test_settings_in_a_folder_rebuild_the_same_run(tmp_path: Path, seed: int) ->
     rule = hs.methods.FedProx(mu=0.3, lr=cosine(0.2, rounds=9), clip=1.5)
     run = go(federation, rule, out=tmp_path, seed=seed, codec=hs.codecs.topk(0.3))
     settings = Settings.read(None, Folder(tmp_path).read().settings)
-    (method,), (schedule,), (codec,), _, engine, _ = settings.parts()
+    (method,), (schedule,), (codec,), _, engine, *_ = settings.parts()
     again = hs.run(
         settings.federation(settings.seed[0]), method, schedule, rounds=settings.rounds, codec=codec, engine=engine,
         seed=settings.seed[0], evaluate=settings.evaluate,

@@ -138,7 +138,7 @@ def test_estimates_count_parts(even: hs.Federation) -> None:
 
 @pytest.mark.parametrize("schedule", ["fedbuff(2, cohort=4)", "cyclic(4)", "fedasync"])
 def test_schedules_that_hand_out_no_parts_are_refused(even: hs.Federation, schedule: str) -> None:
-    with pytest.raises(ConfigError, match=r"schedule: not allowed with Handed: only synchronous sends each client its part"):
+    with pytest.raises(ConfigError, match=r"down: .* is not allowed here: only synchronous sends each client its part"):
         hs.run(even, Handed(), hs.schedules.Schedule.parse(schedule), rounds=1)
 
 
