@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -121,3 +122,18 @@ def done(seen: Seen) -> list[int]:
     """How many jobs each client remembers in a run of ``Tally``."""
     kept: Tensor = seen.net.kept.read(torch.arange(seen.net.clients))["done"]
     return [int(n) for n in kept[:, 0]]
+
+
+def stop_after(rounds: int) -> Callable[[LocalNetwork], None]:
+    """For ``on_start``: the run stops after so many rounds, to be resumed."""
+
+    def start(net: LocalNetwork) -> None:
+        commit = net.on_commit
+
+        def last(net: LocalNetwork) -> None:
+            net.stopping = net.round == rounds
+            commit(net)
+
+        net.on_commit = last
+
+    return start

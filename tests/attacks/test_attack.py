@@ -20,7 +20,8 @@ ALONE = [
 ]
 """What a liar sends depends on its own update alone."""
 OMNISCIENT = ["alie", "alie(1.5)", "ipm", "mimic", "mimic(2)", "free_rider"]
-EVERY = DATA + ALONE + OMNISCIENT
+MESSAGES = ["damaged"]
+EVERY = DATA + MESSAGES + ALONE + OMNISCIENT
 
 
 def test_every_attack_is_tried_here() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from small_networks import at_once, network
+from small_runs import stop_after
 from torch import Tensor
 
 import hanse as hs
-from hanse.attacks import Attack
+from hanse.attacks import Attack, Cohort
 from hanse.core.errors import ConfigError
 from hanse.core.messages import Reply
+from hanse.engines.estimate import drive
+from hanse.engines.local import LocalNetwork
 from hanse.methods import FedAvg, Method, Scaffold
 from hanse.schedules import Schedule, fedbuff, synchronous
 
@@ -129,10 +132,7 @@ def test_a_run_with_liars_goes_on_as_it_would_have(federation: hs.Federation, tm
     rule, attack = FedAvg(aggregate="nnm(2) | trimmed_mean(2)"), "random(share=0.25)"
     whole = go(federation, rule, attack, rounds=4)
 
-    def stop(net: hs.engines.local.LocalNetwork) -> None:
-        net.on_commit = lambda n, then=net.on_commit: (setattr(n, "stopping", n.round == 2), then(n))  # type: ignore[misc, assignment]
-
-    go(federation, rule, attack, rounds=4, out=tmp_path, on_start=stop)
+    go(federation, rule, attack, rounds=4, out=tmp_path, on_start=stop_after(2))
     again = hs.resume(tmp_path)
     assert again.settings["attack"] == Attack.parse(attack).full()
     assert again.history == whole.history and torch.equal(model(again), model(whole))
@@ -146,3 +146,76 @@ def test_the_success_of_a_back_door_is_measured(federation: hs.Federation) -> No
     assert aim is not None
     expected = net.evaluate(model(run), net.start_buffers, *aim)["accuracy"]
     assert run.history[-1]["metrics"]["attack_accuracy"] == pytest.approx(expected) and expected > 0.5
+
+
+CODECS = ["topk(0.2)", "layers | uniform(8)", "sign", "feedback(topk(0.1) | uniform(8))", "huffman", "zstd"]
+
+
+@pytest.mark.parametrize("schedule", [synchronous(8), fedbuff(buffer=8, cohort=8)])
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_message_that_cannot_be_read_is_refused_and_the_round_goes_on(
+    federation: hs.Federation, codec: str, schedule: Schedule, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model moves as if those clients had stayed away, but for the bytes, which have travelled."""
+    part = hs.codecs.Codec.parse(codec)
+    run, honest = (go(federation, FedAvg(), a, rounds=1, codec=part, schedule=schedule) for a in ("damaged(share=0.25)", None))
+    liars = run.clients["liars"].nonzero()[:, 0].tolist()
+    assert run.history[0]["cohort"] and not set(run.history[0]["cohort"]) & set(liars)
+    assert run.history[0]["bytes_up"] == honest.history[0]["bytes_up"]
+    assert sorted(r.args for r in caplog.records) == [(0, client) for client in liars]
+    torch.testing.assert_close(model(run), without(federation, liars, part), rtol=0, atol=1e-12)
+
+
+def without(fed: hs.Federation, liars: list[int], codec: hs.codecs.Codec) -> Tensor:
+    """The model after a round of the others."""
+    ids = torch.tensor([i for i in range(8) if i not in liars])
+    net = network(fed, FedAvg(), codec, path="stacked", chunk=8, shortcuts=False)
+    net.begin(net.method.init(fed.problem))
+    return net.method.step(net.state, at_once(net.ask(ids, "train", {"x": fed.problem.start})), 0)["x"]
+
+
+def test_a_vote_that_is_no_ranking_is_not_counted(federation: hs.Federation) -> None:
+    run = go(federation, hs.methods.FRL(), "damaged(share=0.25)", rounds=3)
+    liars = set(run.clients["liars"].nonzero()[:, 0].tolist())
+    assert [set(r["cohort"]) for r in run.history] == [set(range(8)) - liars] * 3
+
+
+class nothing_but_nan(Attack):
+    """What is left of a mean after one of these."""
+
+    abstract: ClassVar[bool] = True
+
+    def forged(self, cohort: Cohort) -> Tensor:
+        return torch.full_like(cohort.own, torch.nan)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "median"])
+@pytest.mark.parametrize("schedule", [synchronous(8), fedbuff(buffer=4, cohort=8)])
+def test_what_is_not_finite_is_refused_too(federation: hs.Federation, schedule: Schedule, aggregate: str) -> None:
+    rule = FedAvg(aggregate=aggregate)
+    net = LocalNetwork(
+        federation, rule, engine(), hs.codecs.identity(), seed=0, rounds=3, attack=nothing_but_nan(share=0.25), schedule=schedule
+    )
+    drive(schedule.run(net, rule))
+    assert net.adversaries is not None and net.round == 3
+    assert torch.isfinite(net.state["x"]).all() and not net.taken[net.adversaries.liars].any() and net.updates > 0
+
+
+def test_a_round_of_liars_alone_moves_nothing(federation: hs.Federation) -> None:
+    codec = hs.codecs.Codec.parse("topk(0.5)")
+    run = go(federation, FedAvg(), "damaged(share=0.9)", rounds=30, codec=codec, schedule=synchronous(1))
+    honest = int((~run.clients["liars"]).nonzero())
+    assert {tuple(r["cohort"]) for r in run.history} == {(), (honest,)} and run.history[-1]["updates"] == run.clients["rounds"][
+        honest
+    ]
+
+
+def test_refusals_survive_a_stop(tmp_path: Path) -> None:
+    attack = "damaged(share=0.4)"
+    more: dict[str, Any] = {"codec": hs.codecs.Codec.parse("topk(0.2)"), "schedule": fedbuff(buffer=3, cohort=6), "rounds": 6}
+    fed = hs.Federation(hs.tasks.digits(hidden=4), clients=8, fleet=hs.fleet.phones(), dtype="float64")
+    whole = go(fed, FedAvg(), attack, **more)
+
+    go(fed, FedAvg(), attack, out=tmp_path, on_start=stop_after(2), **more)
+    again = hs.resume(tmp_path)
+    assert again.history == whole.history and torch.equal(model(again), model(whole))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from small_networks import ask, at_once, network, traffic
+from small_runs import stop_after
 
 import hanse as hs
 from hanse.codecs import Codec
@@ -53,16 +54,7 @@ def test_a_resumed_run_repeats_with_what_clients_kept_for_the_codec(tmp_path: Pa
     fed, how = federation(), {"rounds": 8, "codec": Codec.parse(FEEDBACK), "down": Codec.parse("cast"), "engine": ENGINE}
     whole = hs.run(fed, hs.methods.FedAvg(lr=0.2), hs.schedules.Schedule.parse(schedule), **how)
 
-    def stop(net: LocalNetwork) -> None:
-        before = net.on_commit
-
-        def committed(net: LocalNetwork) -> None:
-            net.stopping = net.round == 4
-            before(net)
-
-        net.on_commit = committed
-
-    hs.run(fed, hs.methods.FedAvg(lr=0.2), hs.schedules.Schedule.parse(schedule), **how, out=tmp_path, on_start=stop)
+    hs.run(fed, hs.methods.FedAvg(lr=0.2), hs.schedules.Schedule.parse(schedule), **how, out=tmp_path, on_start=stop_after(4))
     resumed = hs.resume(tmp_path, fed)
     assert len(resumed.history) == 8
     assert all(torch.equal(w, resumed.weights[n]) for n, w in whole.weights.items())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from small_networks import at_once, network, same, traffic
+from small_runs import stop_after
 from torch import Tensor
 
 import hanse as hs
@@ -19,7 +20,6 @@ from hanse.core.errors import ConfigError
 from hanse.core.messages import Upload
 from hanse.core.problem import Problem
 from hanse.engines.estimate import estimate
-from hanse.engines.local import LocalNetwork
 from hanse.methods import RFFL, FedAvg
 from hanse.methods.base import State
 
@@ -115,16 +115,7 @@ def test_a_resumed_run_is_identical(tmp_path: Path, schedule: str) -> None:
     rule, when = RFFL(lr=0.1, epochs=1, warmup=2), hs.schedules.Schedule.parse(schedule)
     whole = hs.run(federation, rule, when, **how)
 
-    def stop(net: LocalNetwork) -> None:
-        before = net.on_commit
-
-        def committed(net: LocalNetwork) -> None:
-            net.stopping = net.round == 3
-            before(net)
-
-        net.on_commit = committed
-
-    hs.run(federation, rule, when, **how, out=tmp_path, on_start=stop)
+    hs.run(federation, rule, when, **how, out=tmp_path, on_start=stop_after(3))
     resumed = hs.resume(tmp_path, federation)
     assert same(whole.state, resumed.state)
     assert [r["bytes_down"] for r in whole.history] == [r["bytes_down"] for r in resumed.history]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import stop_after
 from torch import Tensor
 
 import hanse as hs
 from hanse.aggregators.merging import average, variance_corrected
 from hanse.core.errors import ConfigError
 from hanse.core.messages import wire_size
-from hanse.engines.local import LocalNetwork
 from hanse.engines.programs import LocalNode
 from hanse.methods import FedAvg, FedSAM, Scaffold
 from hanse.schedules import async_gossip, gossip
@@ -183,16 +183,7 @@ def test_a_resumed_run_is_played_again_and_comes_to_the_same(tmp_path: Path) -> 
     fed, schedule = federation(fleet=hs.fleet.phones()), async_gossip(topology=ring(4), start="own", merge=variance_corrected())
     whole = played(fed, FedAvg(lr=0.3), schedule, rounds=4)
 
-    def stop(net: LocalNetwork) -> None:
-        go_on = net.on_commit
-
-        def last(net: LocalNetwork) -> None:
-            net.stopping = net.round == 2
-            go_on(net)
-
-        net.on_commit = last
-
-    stopped = played(fed, FedAvg(lr=0.3), schedule, rounds=4, out=tmp_path, on_start=stop)
+    stopped = played(fed, FedAvg(lr=0.3), schedule, rounds=4, out=tmp_path, on_start=stop_after(2))
     assert len(stopped.history) == 2
     again = hs.resume(tmp_path)
     assert again.history == whole.history and torch.equal(models(again), models(whole))

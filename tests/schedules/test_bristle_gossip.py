@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from small_runs import stop_after
 from torch import Tensor, nn
 
 import hanse as hs
@@ -210,16 +211,7 @@ def test_a_stopped_run_goes_on_identically(tmp_path: Path) -> None:
     fed, schedule = federation(fleet=hs.fleet.phones()), bristle(topology=random_neighbours(3), budget=2)
     whole = played(fed, Bristle(lr=0.02), schedule, rounds=5)
 
-    def stop(net: LocalNetwork) -> None:
-        record = net.on_commit
-
-        def stop_at_2(net: LocalNetwork) -> None:
-            net.stopping = net.round == 2
-            record(net)
-
-        net.on_commit = stop_at_2
-
-    played(fed, Bristle(lr=0.02), schedule, rounds=5, out=tmp_path, on_start=stop)
+    played(fed, Bristle(lr=0.02), schedule, rounds=5, out=tmp_path, on_start=stop_after(2))
     again = hs.resume(tmp_path)
     assert again.history == whole.history
     assert all(torch.equal(again.state[name], t) for name, t in whole.state.items())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import stop_after
 from torch import Tensor
 
 import hanse as hs
@@ -122,10 +123,7 @@ def test_a_run_that_is_resumed_comes_to_the_same(tmp_path: Path) -> None:
     fed, schedule = federation(fleet=hs.fleet.phones()), gossip(topology=random_neighbours(3), mixes=2)
     whole = played(fed, FedSAM(lr=0.3), schedule, rounds=4)
 
-    def stop(net: hs.engines.local.LocalNetwork) -> None:
-        net.on_commit = lambda n, then=net.on_commit: (setattr(n, "stopping", n.round == 2), then(n))  # type: ignore[misc, assignment]
-
-    hs.run(fed, FedSAM(lr=0.3), schedule, rounds=4, evaluate=0, engine=ENGINE, out=tmp_path, on_start=stop)
+    hs.run(fed, FedSAM(lr=0.3), schedule, rounds=4, evaluate=0, engine=ENGINE, out=tmp_path, on_start=stop_after(2))
     again = hs.resume(tmp_path)
     assert again.history == whole.history and torch.equal(models(again), models(whole))
     assert torch.equal(again.clients["sent"], whole.clients["sent"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -91,6 +92,9 @@ class Attack(Part):
     kind: ClassVar[str] = "attack"
     abstract: ClassVar[bool] = True
 
+    damages: ClassVar[bool] = False
+    """Whether it changes encoded messages."""
+
     share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the clients that lie, rounded to whole clients."""
     together: bool = False
@@ -127,6 +131,10 @@ class Attack(Part):
     def forged(self, cohort: Cohort) -> Tensor:
         """What each liar of a cohort would send by itself, ``[L, P]``."""
         return cohort.own
+
+    def damage(self, message: bytes, generator: np.random.Generator) -> bytes:
+        """What arrives of a liar's encoded vector, if the attack ``damages``."""
+        return message
 
     def probe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Test samples, made from ``x`` ``[N, ...]`` and ``y`` ``[N]``, on which the attack has succeeded where the model answers

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -102,6 +102,25 @@ class Reply:
     def counts(self) -> bool:
         """Whether the model moves by it: somebody came, or noise is to hide that nobody did."""
         return self.noised or len(self) > 0
+
+    def without(self, refused: Tensor) -> Reply:
+        """As if those ``refused``, bool ``[C]``, whose weight in the sums is 0, had not replied."""
+        stays = ~refused
+
+        def some(tensors: Tensors) -> Tensors:
+            return {n: t[stays] for n, t in tensors.items()}
+
+        return replace(
+            self,
+            clients=self.clients[stays],
+            versions=self.versions[stays],
+            weight=self.weight[stays],
+            loss=self.loss[stays],
+            rows=some(self.rows),
+            senders=some(self.senders),
+            each=some(self.each),
+            scale=None if self.scale is None else self.scale[stays],
+        )
 
     @property
     def shares(self) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hanse.attacks import Attack, Forging
+from hanse.codecs.base import Codec, Sending
+from hanse.core.errors import CodecError
 from hanse.core.layout import Layout
 from hanse.core.messages import Upload
 from hanse.core.streams import Streams
+
+log = logging.getLogger(__name__)
 
 HONEST = {"buffers", "domain"}
 """What nobody lies about: batch-norm statistics, and whose they are."""
@@ -38,6 +43,39 @@ class Adversaries:
                 forged = self.attack.forge(each, lies, forging)
                 for group, part in zip(groups, torch.split(forged, sizes), strict=True):
                     group[name] = part
+
+    def deliver(self, upload: Upload, rounds: Tensor, codec: Codec, sending: Callable[[str, int], Sending]) -> Tensor:
+        """What arrives of the vectors of ``upload``, in place, and who is refused, bool ``[C]``: whose message cannot be read, or
+        is not finite. ``rounds`` and ``sending`` are those they were sent with.
+        """
+        refused = torch.zeros(len(upload.clients), dtype=torch.bool)
+        for group in (upload.sums, upload.rows):
+            for name in [n for n in group if n not in HONEST]:
+                if self.attack.damages:
+                    group[name] = self._damaged(name, group[name].clone(), upload.clients, rounds, codec, sending, refused)
+                refused |= ~group[name].isfinite().flatten(1).all(1).cpu()
+        for client, round in zip(upload.clients[refused].tolist(), rounds[refused].tolist(), strict=True):
+            log.warning("round %d: what client %d sent is refused: it cannot be read, or is not finite", round, client)
+        return refused
+
+    def _damaged(
+        self,
+        name: str,
+        values: Tensor,
+        clients: Tensor,
+        rounds: Tensor,
+        codec: Codec,
+        sending: Callable[[str, int], Sending],
+        refused: Tensor,
+    ) -> Tensor:
+        how = sending(name, values.shape[1])
+        for i in self.liars[clients].nonzero()[:, 0].tolist():
+            generator = self.streams.numpy(f"attack.damaged.{name}", int(clients[i]), int(rounds[i]))
+            try:
+                values[i] = codec.decode(self.attack.damage(codec.encode(values[i].clone(), how.only(i)), generator), how.layout)
+            except CodecError:
+                refused[i] = True
+        return values
 
     def models(self, before: Tensor, after: Tensor, nodes: Tensor, rounds: Tensor, layout: Layout) -> Tensor:
         """What ``nodes`` that went from ``before`` to ``after``, ``[C, P]``, say that their models are."""

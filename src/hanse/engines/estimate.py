@@ -113,7 +113,8 @@ class Rehearsal(LocalNetwork):
         if orders.share is not None:
             sizes += (orders.share * self.whole).long()
         upload = Upload(orders.clients, ones, {}, {}, {}, ones)
-        return [Lane(batches=[Batch(orders.tickets, orders.versions, upload, sizes, {}, ones.bool())])]
+        yes, no = ones.bool(), torch.zeros(len(orders), dtype=torch.bool)
+        return [Lane(batches=[Batch(orders.tickets, orders.versions, upload, sizes, {}, yes, no)])]
 
     def _enough(self, came: Tensor) -> None:
         """How many are too few is for the run itself to say, which saves what it has first."""

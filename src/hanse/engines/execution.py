@@ -76,6 +76,8 @@ class Batch:
     kept: Tensors
     written: Tensor
     """Whether the clients have written down what they want to keep, bool ``[C]``."""
+    refused: Tensor
+    """Whether the server does without what they sent, bool ``[C]``; it then weighs nothing."""
 
 
 @dataclass
@@ -187,8 +189,12 @@ class Executor:
     def _send(self, trained: Trained, lane: Lane, total: bool) -> None:
         """Encode, and add up what only sums are needed of."""
         orders, upload, state = trained.orders, trained.upload, trained.state
-        none = torch.zeros(len(orders), dtype=torch.int64)
-        sizes = none if orders.own else encode(upload, self.codec, state, partial(self._sending, orders, state))
+        none, refused = torch.zeros(len(orders), dtype=torch.int64), torch.zeros(len(orders), dtype=torch.bool)
+        sending = partial(self._sending, orders, state)
+        sizes = none if orders.own else encode(upload, self.codec, state, sending)
+        if self.adversaries is not None and not orders.own:
+            refused = self.adversaries.deliver(upload, orders.rounds, self.codec, sending)
+            self._without(upload, refused.to(upload.weight.device))
         if self.privacy is not None:
             sizes = self.privacy.protect(upload, sizes)
         if total:
@@ -197,9 +203,15 @@ class Executor:
                     add(lane.sums, name, upload.weight, values)
             if not self.method.robust:
                 upload.sums = {}  # rows of a finished batch need not stay in memory
-        lane.batches.append(
-            Batch(orders.tickets, orders.versions, upload, sizes, state, torch.zeros(len(orders), dtype=torch.bool))
-        )
+        lane.batches.append(Batch(orders.tickets, orders.versions, upload, sizes, state, refused.new_zeros(len(orders)), refused))
+
+    @staticmethod
+    def _without(upload: Upload, refused: Tensor) -> None:
+        """Leave nothing of what is refused, not even what is not finite."""
+        if bool(refused.any()):
+            upload.weight = torch.where(refused, 0, upload.weight)
+            for group in (upload.sums, upload.rows):
+                group |= {n: t.masked_fill(refused.view(-1, *[1] * (t.dim() - 1)), 0) for n, t in group.items()}
 
     def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""

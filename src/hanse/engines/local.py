@@ -72,7 +72,7 @@ class local(Engine):
 SHARE_BYTES = 8
 """What a message is longer by that says what part of its entries a client may send."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of a checkpoint's layout; one that reads differently counts up."""
 
 
@@ -608,7 +608,8 @@ class LocalNetwork:
             each={n: side_by_side([u.sums[n] for u in uploads], nothing) for n in single},
             aggregate=aggregate,
         )
-        reply = self._private(reply)
+        refused = side_by_side([batch.refused for batch in batches], none.bool())
+        reply = self._private(reply.without(refused) if bool(refused.any()) else reply)
         if trained and len(reply):
             self.cohort = torch.cat([self.cohort, reply.clients]) if len(self.cohort) else reply.clients
             loss, weight = reply.loss.cpu().double().numpy(), reply.weight.cpu().double().numpy()

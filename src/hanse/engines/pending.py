@@ -158,6 +158,7 @@ class Pending:
             saved |= {f"{at}.{group}.{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
             own = {"clients": upload.clients, "weight": upload.weight, "loss": upload.loss}
             own |= {"versions": r.batch.versions, "bytes": r.batch.bytes_up, "tickets": r.batch.tickets, "written": r.batch.written}
+            own |= {"refused": r.batch.refused}
             saved |= {f"{at}.own.{n}": t for n, t in own.items()} | {f"{at}.own.lane": torch.tensor([r.lane])}
         return {**saved, "next": torch.tensor([self._next])}
 
@@ -187,7 +188,7 @@ class Pending:
             names = "sums", "rows", "senders", "kept"
             sums, rows, senders, kept = ({n: t.to(device) for n, t in groups.get(g, {}).items()} for g in names)
             upload = Upload(own["clients"], own["weight"].to(device), sums, rows, senders, own["loss"].to(device))
-            batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"])
+            batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"], own["refused"])
             self.results.append(Result(int(own["lane"]), batch))
 
 
@@ -204,4 +205,4 @@ def _rows(batch: Batch, rows: Tickets) -> Batch:
         {n: t[at] for n, t in group.items()} for group in (upload.sums, upload.rows, upload.senders, batch.kept)
     )
     part = Upload(upload.clients[at], upload.weight[at], sums, seen, senders, upload.loss[at])
-    return Batch(batch.tickets[at], batch.versions[at], part, batch.bytes_up[at], kept, batch.written[at])
+    return Batch(batch.tickets[at], batch.versions[at], part, batch.bytes_up[at], kept, batch.written[at], batch.refused[at])
