@@ -83,4 +83,4 @@ class Adversaries:
         if not bool(lies.any()):
             return after
         told = before + self.attack.forge(after - before, lies, Forging("x", nodes, rounds, self.streams, layout))
-        return torch.where(lies[:, None], told, after)
+        return torch.where(lies[:, None].to(after.device), told, after)

@@ -482,7 +482,7 @@ class LocalNetwork:
         reply = self._locally("train", nodes, self.method.message({"x": models}), rounds)
         order = nodes.argsort()
         at = order[torch.searchsorted(nodes[order], reply.clients)]
-        after = models.index_copy(0, at, self.method.step({"x": models[at]}, reply, self.round)["x"])
+        after = models.index_copy(0, at.to(models.device), self.method.step({"x": models[at]}, reply, self.round)["x"])
         return (
             after if self.adversaries is None else self.adversaries.models(models, after, nodes, rounds, self.problem.shared_layout)
         )

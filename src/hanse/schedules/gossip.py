@@ -140,7 +140,7 @@ def stepped(state: State, method: Method, reply: Reply, round: int) -> State:
     if not len(reply):
         return state
     moved = method.step(rows(state, reply.clients), reply, round)
-    return {name: t.index_copy(0, reply.clients, moved[name]) for name, t in state.items()}
+    return {name: t.index_copy(0, reply.clients.to(t.device), moved[name]) for name, t in state.items()}
 
 
 def rows(state: State, nodes: Tensor) -> Tensors:
