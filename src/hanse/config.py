@@ -85,8 +85,8 @@ class Settings(BaseModel):
     """How much travels to the clients, e.g. cast."""
     privacy: Annotated[tuple[str, ...], BeforeValidator(_calls)] = ()
     """What keeps clients private, e.g. 'differential(clip=0.5, noise=1.0)', 'secure(threshold=0.7)', or both."""
-    attack: str | None = None
-    """What some of the clients do to the others, e.g. sign_flip(share=0.2)."""
+    attack: Annotated[str | None, BeforeValidator(lambda value: None if value == "none" else value)] = None
+    """What some of the clients do to the others, e.g. sign_flip(share=0.2); none: nothing."""
     engine: str = "local"
     """Where it runs, e.g. local(path="loop", workers=2)."""
     rounds: PositiveInt = 100

@@ -156,6 +156,7 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
             found |= {f"node_{name}": float(values.mean()), f"node_{name}_worst10": worst_share(values)}
             found[f"node_{name}_variance"] = float(values.var(correction=0))
     for name, values in per_client(net).items():
+        values[~net.honest] = torch.nan  # how liars fare is nobody's concern
         there = values[~torch.isnan(values)]
         if name in problem.metrics and len(there):
             found[f"client_{name}"] = float(there.mean())

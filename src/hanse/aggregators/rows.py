@@ -36,6 +36,8 @@ class Rows:
 
         None if they are not finite.
         """
+        # Rows of a matrix that do not sum to 1 leave no meaning to centred products; who had it made asked for the others.
+        centred = centred and False not in self._grams
         if centred not in self._grams:
             reference = near(self.data, self._used) if centred else None
             found = gram(self.data, reference, self._used, self.exact)

@@ -128,6 +128,11 @@ class Attack(Part):
             return values
         return values.index_copy(0, lies.nonzero()[:, 0].to(values.device), sent)
 
+    @property
+    def forges(self) -> bool:
+        """Whether liars send anything but what they have computed."""
+        return self.together or type(self).forged is not Attack.forged
+
     def forged(self, cohort: Cohort) -> Tensor:
         """What each liar of a cohort would send by itself, ``[L, P]``."""
         return cohort.own

@@ -145,10 +145,11 @@ class Reply:
 
     def _robust_mean(self, name: str, aggregate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         values, weight = self.each[name], self.weight
+        counted = self.senders.get(name, torch.ones(len(self), dtype=torch.bool))
         if self.scale is not None:
-            values = values * self.scale[:, None].to(values)
-        if name in self.senders:
-            values, weight = values[self.senders[name]], weight[self.senders[name]]
+            values, counted = values * self.scale[:, None].to(values), counted & (self.scale != 0).to(counted.device)
+        if not bool(counted.all()):
+            values, weight = values[counted], weight[counted.to(weight.device)]
             if not len(values):
                 return values.new_zeros(values.shape[1:])
         found = aggregate(values, weight)

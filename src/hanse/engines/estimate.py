@@ -51,6 +51,7 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
     row, itemsize = net.problem.layout.size, net.problem.start.element_size()
     side_by_side = min(each, how.chunk) * lanes
     width = sum(net.kept.widths.values()) + len(net.codec.keeps) * net.problem.shared
+    held = each * (net.method.robust + 2 * (net.adversaries is not None and net.adversaries.attack.forges))  # rows a round
     kept = width * min(net.clients, total * each)
     scale = total / rounds
     return Estimate(
@@ -58,7 +59,7 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
         virtual=stage.now * scale,
         down=int(stage.clock.down * scale),
         up=int(stage.clock.up * scale),
-        memory=itemsize * (row * (3 * side_by_side + 1) + kept + 3 * stage.state["x"].numel()),
+        memory=itemsize * (row * (3 * side_by_side + 1 + held) + kept + 3 * stage.state["x"].numel()),
     )
 
 

@@ -192,11 +192,13 @@ class Executor:
         none, refused = torch.zeros(len(orders), dtype=torch.int64), torch.zeros(len(orders), dtype=torch.bool)
         sending = partial(self._sending, orders, state)
         sizes = none if orders.own else encode(upload, self.codec, state, sending)
-        if self.adversaries is not None and not orders.own:
+        readable = self.privacy is None or self.privacy.masks is None
+        if self.adversaries is not None and not orders.own and readable:  # what is masked nobody can read, to refuse it
             refused = self.adversaries.deliver(upload, orders.rounds, self.codec, sending)
-            self._without(upload, refused.to(upload.weight.device))
         if self.privacy is not None:
-            sizes = self.privacy.protect(upload, sizes)
+            sizes, refused = self.privacy.protect(upload, sizes), torch.zeros_like(refused)  # those refused count as zeros
+        elif bool(refused.any()):
+            upload.weight = torch.where(refused.to(upload.weight.device), 0, upload.weight)
         if total:
             for name, values in upload.sums.items():
                 if values.dim() > 1:
@@ -204,14 +206,6 @@ class Executor:
             if not self.method.robust:
                 upload.sums = {}  # rows of a finished batch need not stay in memory
         lane.batches.append(Batch(orders.tickets, orders.versions, upload, sizes, state, refused.new_zeros(len(orders)), refused))
-
-    @staticmethod
-    def _without(upload: Upload, refused: Tensor) -> None:
-        """Leave nothing of what is refused, not even what is not finite."""
-        if bool(refused.any()):
-            upload.weight = torch.where(refused, 0, upload.weight)
-            for group in (upload.sums, upload.rows):
-                group |= {n: t.masked_fill(refused.view(-1, *[1] * (t.dim() - 1)), 0) for n, t in group.items()}
 
     def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import sys
@@ -178,6 +179,10 @@ class LocalNetwork:
         )
         self.adversaries = None if attack is None else Adversaries(attack, self.clients, self.streams)
         if self.adversaries is not None:
+            if self.adversaries.attack.damages and privacy:
+                raise ConfigError(
+                    f"attack: {attack} is not allowed with privacy: there are no codecs whose messages could be damaged"
+                )
             self.samples = self.adversaries.attack.poison(self.samples, self.adversaries.liars, self.streams)
         self.executor = Executor(
             self.problem,
@@ -213,7 +218,9 @@ class LocalNetwork:
         who = torch.where(counts > 0, counts, counts.max() + 1).argmin()[None]
         message = self.method.message(self.method.init(self.problem))
         orders = Orders("train", [message], zero, who, zero, zero, zero + 1, zero)
-        self.executor.run(orders, Arrangement("loop", 1, 1, torch.get_num_threads()), total=True)
+        honest = copy.copy(self.executor)
+        honest.adversaries = None
+        honest.run(orders, Arrangement("loop", 1, 1, torch.get_num_threads()), total=True)
 
     def _client_state(self) -> ClientState:
         problem, initial = self.problem, dict(self.method.kept(self.problem, self.federation.population))
