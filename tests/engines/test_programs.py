@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hanse.core.errors import ConfigError, DivergedError, StalledError
 from hanse.core.messages import wire_size
 from hanse.core.streams import Streams
 from hanse.engines import programs as engine
-from hanse.engines.programs import Programs, VirtualLoop
+from hanse.engines.programs import Outcome, Programs, VirtualLoop
 from hanse.fleet.clock import Clock
 from hanse.fleet.profiles import Work
 from hanse.methods import FedAvg
@@ -36,6 +37,7 @@ class Played:
         self.clock = Clock(self.federation.fleet, population, self.streams)
         self.traffic = torch.zeros(nodes, 2, dtype=torch.int64)
         self.batches: list[list[tuple[int, int]]] = []
+        self.finished: list[int] = []
         self.committed: list[Tensor] = []
         self.log: list[tuple[Any, ...]] = []
         self.rounds = 10**9
@@ -47,13 +49,14 @@ class Played:
             self.traffic,
             lambda who: Work(torch.ones_like(who), torch.zeros(1), 0.0),
             self.train,
+            lambda node, outcome: self.finished.append(node),
             self.commit,
             torch.zeros(10, dtype=torch.float64),
         )
 
-    def train(self, nodes: Tensor, models: Tensor, rounds: Tensor) -> Tensor:
+    def train(self, nodes: Tensor, models: Tensor, rounds: Tensor) -> list[Outcome]:
         self.batches.append(list(zip(nodes.tolist(), rounds.tolist(), strict=True)))
-        return models + nodes[:, None] + 1
+        return [Outcome(x + int(i) + 1, None, {}, 0.0, 1.0) for i, x in zip(nodes, models, strict=True)]
 
     def commit(self, x: Tensor) -> bool:
         self.committed.append(x)
@@ -396,21 +399,74 @@ def test_trainings_executed_together_equal_one_by_one(path: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
 
 
-def test_a_liar_trains_as_others_do_and_says_something_else() -> None:
+class telling(hs.schedules.Peers):
+    """Every node trains once and tells everybody."""
+
+    abstract: ClassVar[bool] = True
+    heard: ClassVar[dict[tuple[int, int], Tensor]] = {}
+
+    async def live(self, node: Node) -> None:
+        x = await node.train(node.problem.start, 0)
+        node.send(range(node.nodes), "model", x=x)
+        for _ in range(node.nodes):
+            letter = await node.receive()
+            self.heard[letter.sender, node.id] = letter.tensors["x"]
+        node.hold(x)
+
+
+def test_a_liar_goes_on_with_what_is_true_and_tells_the_others_something_else() -> None:
     federation = hs.Federation(hs.tasks.digits(hidden=4), 4, dtype="float64")
-    arrangement = hs.engines.local(path="loop", chunk=4, workers=1, threads=1)
+    arrangement, start = hs.engines.local(path="loop", chunk=4, workers=1, threads=1), federation.problem.start
+    telling.heard.clear()
+    attack = hs.attacks.Attack.parse("sign_flip(share=0.25)")
+    run = hs.run(federation, FedAvg(lr=0.1, steps=3), telling(), rounds=1, evaluate=0, engine=arrangement, attack=attack)
+    own, liar = run.state["state.x"], int(run.clients["liars"].nonzero())
+    assert len(telling.heard) == 16
+    for (sender, receiver), x in telling.heard.items():
+        true = own[sender] if sender != liar or receiver == liar else start - (own[liar] - start)
+        torch.testing.assert_close(x, true, rtol=0, atol=1e-12)
 
-    def models(**how: Any) -> Tensor:
-        run = hs.run(federation, FedAvg(lr=0.1, steps=3), alone(), rounds=1, evaluate=0, engine=arrangement, **how)
-        liars.append(run.clients.get("liars"))
-        return run.state["state.x"]
 
-    liars: list[Tensor | None] = []
-    honest, attacked = models(), models(attack=hs.attacks.Attack.parse("sign_flip(share=0.25)"))
-    assert liars[1] is not None and int(liars[1].sum()) == 1
-    assert torch.equal(honest[~liars[1]], attacked[~liars[1]]) and not torch.allclose(honest[liars[1]], attacked[liars[1]])
-    start = federation.problem.start
-    torch.testing.assert_close(attacked[liars[1]] - start, start - honest[liars[1]])
+def test_what_a_node_gives_up_leaves_it_as_it_was_whoever_finishes_meanwhile() -> None:
+    """Two nodes give up work of nine seconds; a third one, done before or after, changes nothing about that."""
+    for job in (1.0, 9.0):
+        played = Played(f"devices(job=listed(({job}, 9.0, 9.0)))")
+
+        async def program(node: Node) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if node.id == 0 else 1.5):
+                    await node.train(torch.zeros(10, dtype=torch.float64), 0)
+
+        played.play(program)
+        assert played.finished == [0]
+
+
+def test_a_node_does_one_thing_after_the_other() -> None:
+    played, done = Played("devices(job=1.0)"), []
+
+    async def program(node: Node) -> None:
+        async def once(k: int) -> None:
+            x = await node.train(torch.full((10,), float(k), dtype=torch.float64), k)
+            done.append((node.id, k, node.now, float(x[0])))
+
+        await asyncio.gather(once(0), once(10))
+
+    played.play(program)
+    assert [(k, now, x) for i, k, now, x in done if i == 0] == [(0, 1.0, 1.0), (10, 2.0, 11.0)]
+
+
+def test_what_is_sent_is_what_it_was_then() -> None:
+    played, got = Played("devices(latency=1.0)"), []
+
+    async def program(node: Node) -> None:
+        x = torch.ones(3)
+        node.send([1], "model", x=x)
+        x.zero_()
+        if node.id == 1:
+            got.append((await node.receive()).tensors["x"].tolist())
+
+    played.play(program)
+    assert got == [[1.0, 1.0, 1.0]]
 
 
 # ---- rounds, and the end

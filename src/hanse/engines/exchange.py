@@ -40,13 +40,14 @@ class Exchanges:
             sent = self.codec.roundtrip(models.clone(), Sending(self.layout, seeds))
             sizes = torch.tensor([wire_size({}, {"x": int(size)}) for size in sent.sizes])
             arrived = sent.values
-        self._count(sizes, mixing)
-        return arrived, self._lose(mixing, nodes, round)
+        left = self._lose(mixing, nodes, round)
+        self._count(sizes, mixing, left)
+        return arrived, left
 
-    def _count(self, sizes: Tensor, mixing: Mixing) -> None:
+    def _count(self, sizes: Tensor, mixing: Mixing, left: Mixing) -> None:
         senders, receivers = mixing.neighbours, mixing.receivers
         sent = torch.bincount(senders, minlength=len(sizes)) * sizes
-        received = torch.zeros_like(sent).index_add_(0, receivers, sizes[senders])
+        received = torch.zeros_like(sent).index_add_(0, left.receivers, sizes[left.neighbours])
         self.traffic += torch.stack([sent, received], 1)
         self.clock.up += int(sent.sum())
         profile = self.clock.profile(torch.arange(len(sizes)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import selectors
 from collections.abc import Callable, Coroutine, Iterable
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVarTuple
+from typing import Any, NamedTuple, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,21 @@ from hanse.fleet.clock import NEVER, SECOND, Clock
 from hanse.fleet.profiles import Work
 from hanse.schedules.peers import Letter, Node
 
-Train = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(nodes int64 [C], models [C, P], rounds int64 [C]) -> models [C, P]``: the rule's work of some nodes, side by side."""
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """What came of a node's training: its model ``[P]``, what a liar adds to it when it sends it, and what the node writes down."""
+
+    x: Tensor
+    lie: Tensor | None
+    kept: Tensors
+    loss: float
+    weight: float
+
+
+Train = Callable[[Tensor, Tensor, Tensor], list[Outcome]]
+"""``(nodes int64 [C], models [C, P], rounds int64 [C])``: the rule's work of some nodes, side by side."""
 
 
 Ts = TypeVarTuple("Ts")
@@ -44,7 +58,7 @@ class Jump(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise StalledError("every peer waits for a message that nobody will send")
+            raise StalledError("no peer will do anything any more: each waits for a message that nobody will send, or has ended")
         if timeout > 0:
             self.jumps += 1
             if self.jumps > self.most:
@@ -93,7 +107,7 @@ class Job:
     node: int
     x: Tensor
     round: int
-    result: Tensor | None = None
+    result: Outcome | None = None
 
 
 @dataclass(eq=False)
@@ -108,6 +122,8 @@ class LocalNode:
     free: int = 0
     """When its link has sent everything, nanoseconds."""
     letters: int = 0
+    lie: Tensor | None = None
+    working: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def nodes(self) -> int:
@@ -126,7 +142,8 @@ class LocalNode:
         return self.programs.clock.now
 
     def start(self) -> Tensor:
-        return self.programs.federation.start(self.id)
+        self.programs.models[self.id] = self.programs.federation.start(self.id)  # which is what it holds until it says otherwise
+        return self.programs.models[self.id].clone()
 
     def send(self, to: Iterable[int], kind: str, **tensors: Tensor) -> None:
         self.programs.send(self, to, kind, tensors)
@@ -147,10 +164,10 @@ class LocalNode:
 class Programs:
     """All nodes of a run and what is between them.
 
-    ``start`` ``[P]`` is what nodes hold at first.
-    ``train`` does the work of several nodes; it is called when the first result is due, for everything under way. ``commit(x)``
-    ends a round with ``x``, the model ``[P]`` of all or the models ``[N, P]``, and says whether the run goes on. ``traffic`` int64
-    ``[N, 2]`` counts what each node sends and receives, bytes; ``counts[kind]`` messages and bytes by kind.
+    ``start`` ``[P]`` is what nodes hold at first. ``train`` does the work of several nodes; it is called when the first result is
+    due, for everything under way, and ``trained(node, outcome)`` when a node has its result. ``commit(x)`` ends a round with ``x``,
+    the model ``[P]`` of all or the models ``[N, P]``, and says whether the run goes on. ``traffic`` int64 ``[N, 2]`` counts what
+    each node sends and receives, bytes; ``counts[kind]`` messages and bytes by kind.
     """
 
     def __init__(
@@ -162,6 +179,7 @@ class Programs:
         traffic: Tensor,
         work: Callable[[Tensor], Work],
         train: Train,
+        trained: Callable[[int, Outcome], None],
         commit: Callable[[Tensor], bool],
         start: Tensor,
     ) -> None:
@@ -170,8 +188,8 @@ class Programs:
                 f"fleet: {federation.fleet.trace} is not allowed with peers that share no rounds: give it slots of seconds"
             )
         self.federation, self.clock, self.streams, self.codec, self.traffic = federation, clock, streams, codec, traffic
-        self._work, self._train, self._commit = work, train, commit
-        self.round, self.held, self.start = 0, 0, start
+        self._work, self._train, self._trained, self._commit = work, train, trained, commit
+        self.round, self.held, self.start, self.latest = 0, 0, start, start
         self.jobs: list[Job] = []
         self.counts: dict[str, list[int]] = {}
         self.nodes = [LocalNode(i, self) for i in range(federation.clients)]
@@ -197,7 +215,7 @@ class Programs:
     async def _all(self, program: Callable[[Node], Coroutine[Any, Any, None]], seconds: float) -> None:
         self.over = self.loop.create_future()
         if math.isfinite(seconds):
-            self.loop.call_at(seconds, self._end)
+            self.loop.call_at(seconds, self._time_is_up)
         lives = [asyncio.create_task(self._live(node, program)) for node in self.nodes]
         for life in lives:
             life.add_done_callback(self._ended)
@@ -206,6 +224,12 @@ class Programs:
     def _end(self) -> None:
         if not self.over.done():
             self.over.set_result(None)
+
+    def _time_is_up(self) -> None:
+        """What there is by then is a round of its own, whoever is not done."""
+        if not self.over.done():
+            self._commit(self.models.clone() if "models" in self.__dict__ else self.latest)
+            self._end()
 
     def _ended(self, life: asyncio.Task[None]) -> None:
         error = None if life.cancelled() else life.exception()
@@ -236,26 +260,26 @@ class Programs:
         """See ``Node.send``. A link carries one message after the other; latencies and losses of both ends add up."""
         if not sender.there or self.over.done():
             return
-        to, (told, size) = list(to), self._coded(sender, kind, tensors)
+        own = {name: t.clone() for name, t in tensors.items()}  # what the program does with them afterwards is its own affair
+        to, (told, size) = list(to), self._coded(sender, kind, own)
         for receiver in to:
             if receiver == sender.id:
-                self._deliver(receiver, Letter(sender.id, kind, tensors), 0)
+                self._deliver(receiver, Letter(sender.id, kind, own), 0)
                 continue
             sender.letters += 1
             self._count(sender.id, 0, size)
             counted = self.counts.setdefault(kind, [0, 0])
             counted[0], counted[1] = counted[0] + 1, counted[1] + size
             at = self._arrival(sender, receiver, size)
-            copies = (
-                1
-                - self._drawn("letter.loss", sender, receiver, "loss")
-                + self._drawn("letter.twice", sender, receiver, "duplicates")
-            )
+            lost = self._drawn("letter.loss", sender, receiver, "loss")
+            copies = 0 if lost else 1 + self._drawn("letter.twice", sender, receiver, "duplicates")
             for _ in range(copies):
                 self.loop.call_at(at, self._deliver, receiver, Letter(sender.id, kind, told), size)
 
     def _coded(self, sender: LocalNode, kind: str, tensors: Tensors) -> tuple[Tensors, int]:
         """What arrives of a message, and its bytes; the codec has the models, which are called ``x``."""
+        if sender.lie is not None and "x" in tensors:
+            tensors = {**tensors, "x": tensors["x"] + sender.lie}
         named = {f"{kind}.{name}": t for name, t in tensors.items()}
         if self.codec.plain or "x" not in tensors:
             return tensors, wire_size(named)
@@ -293,26 +317,33 @@ class Programs:
         return int(float(u) < 1 - (1 - both[0]) * (1 - both[1]))
 
     def _deliver(self, receiver: int, letter: Letter, size: int) -> None:
-        node = self.nodes[receiver]
-        if node.there:
-            self._count(receiver, 1, size)
+        node, x = self.nodes[receiver], letter.tensors.get("x")
+        if not node.there:
+            return
+        self._count(receiver, 1, size)
+        if x is not None and not bool(x.isfinite().all()):
+            log.warning("node %d refuses what node %d sent: it is not finite", receiver, letter.sender)
+        else:
             node.inbox.put_nowait(letter)
 
     # ---- work
 
     async def train(self, node: LocalNode, x: Tensor, round: int) -> Tensor:
-        """See ``Node.train``."""
-        me = torch.tensor([node.id])
-        job, done = Job(node.id, x, round), int(self.clock.finish(me, self._work(me))[0])
-        self.jobs.append(job)
-        try:
-            await (asyncio.sleep((done - self.clock.time) / SECOND) if done < NEVER else self.loop.create_future())
-            if job.result is None:
-                self._execute()
-        finally:
-            self.jobs.remove(job)
-        assert job.result is not None
-        return job.result
+        """See ``Node.train``. A node does one thing after the other; what it gives up leaves it as it was."""
+        async with node.working:
+            me = torch.tensor([node.id])
+            job, done = Job(node.id, x.clone(), round), int(self.clock.finish(me, self._work(me))[0][0])
+            self.jobs.append(job)
+            try:
+                await (asyncio.sleep((done - self.clock.time) / SECOND) if done < NEVER else self.loop.create_future())
+                if job.result is None:
+                    self._execute()
+            finally:
+                self.jobs.remove(job)
+            assert job.result is not None
+            node.lie = job.result.lie
+            self._trained(node.id, job.result)
+            return job.result.x
 
     def _execute(self) -> None:
         """Everything under way, whoever waits for it: side by side it costs less."""
@@ -331,7 +362,7 @@ class Programs:
     def publish(self, x: Tensor, round: int) -> None:
         """See ``Node.publish``."""
         if round > self.round and not self.over.done():
-            self.round, self.loop.jump.jumps = round, 0
+            self.round, self.latest, self.loop.jump.jumps = round, x, 0
             if not self._commit(x):
                 self._end()
 

@@ -168,10 +168,16 @@ class Clock:
         profile = self.profile(clients)
         return None if profile is None else (profile.up, profile.latency)
 
-    def finish(self, clients: Tensor, work: Work) -> NDArray[np.int64]:
-        """When ``clients`` will have done ``work`` where they are if they begin now, ``[C]``; ``NEVER``: they go away before."""
+    def finish(self, clients: Tensor, work: Work) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """When ``clients`` will have done ``work`` where they are if they begin now, ``[C]``, ``NEVER`` if they go away before; and
+        when their work ends, one way or the other.
+        """
         now, profile = np.full(len(clients), self.time), self.profile(clients)
-        return now if profile is None else self._computed(clients, now, profile, work)
+        if profile is None:
+            return now, now
+        at, broken = self.fleet.trace.finish(self.population, clients, torch.from_numpy(now / SECOND), profile.compute(work))
+        over = np.maximum(nanoseconds(at), now)
+        return np.where(broken.numpy(), NEVER, over), over
 
     def go_on(self, time: int) -> None:
         """Let time pass until then."""

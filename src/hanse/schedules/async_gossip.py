@@ -17,11 +17,12 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from hanse.aggregators.merging import Merge, average
 from hanse.core.streams import Streams
+from hanse.fleet.distributions import Positive
 from hanse.schedules.peers import Node, Peers
 from hanse.topologies import Mixing, Topology, ring
 
@@ -31,7 +32,7 @@ class async_gossip(Peers):
 
     topology: Topology = ring()
     """Who is whose neighbour; one that does not change."""
-    every: tuple[PositiveFloat, PositiveFloat] = (8.0, 12.0)
+    every: tuple[Positive, Positive] = (8.0, 12.0)
     """Shortest and longest time from the end of one training to the next, seconds; drawn anew every time."""
     own: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """What a node's own model weighs (beta); those received share the rest equally."""

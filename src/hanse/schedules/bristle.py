@@ -62,8 +62,9 @@ class bristle(Lockstep):
         return state
 
     async def _round(self, net: Network, method: Method, state: State, here: Tensor, mixing: Mixing) -> State:
+        before = state["x"]
         state, here = await self._train(net, method, state, here)
-        received, arrived = await net.exchange(state["x"], mixing.without(~here))
+        received, arrived = await net.exchange(state["x"], mixing.without(~here), before)
         nodes, message = self._candidates(state, received, arrived, net.streams, net.round)
         return stepped(state, method, await net.work(nodes, "integrate", message), net.round)
 

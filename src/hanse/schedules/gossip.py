@@ -77,8 +77,8 @@ class Lockstep(Schedule):
         """The nodes that are there train and step; their states, and who has."""
         nodes = here.nonzero().squeeze(1)
         reply = await net.work(nodes, "train", method.message(rows(state, nodes)), self.patience)
-        if reply.each.keys() - {"delta"}:
-            sent = ", ".join(sorted(reply.each))
+        if reply.each.keys() - {"delta"} or (reply.rows and not reply.each):
+            sent = ", ".join(sorted({*reply.each, *reply.rows}))
             raise ConfigError(
                 f"method: {method} is not allowed with {type(self).__name__}: it needs a server, to which clients send {sent}"
             )
@@ -122,15 +122,16 @@ class gossip(Lockstep):
         return state if self.start == "same" else {**state, "x": net.starts()}
 
     async def _round(self, net: Network, method: Method, state: State, here: Tensor, mixing: Mixing) -> State:
+        before = state["x"]
         if self.order == "mix":
-            state = await self._mix(net, state, mixing.without(~here))
+            state = await self._mix(net, state, mixing.without(~here), None)
         state, here = await self._train(net, method, state, here)
-        return await self._mix(net, state, mixing.without(~here)) if self.order == "train" else state
+        return await self._mix(net, state, mixing.without(~here), before) if self.order == "train" else state
 
-    async def _mix(self, net: Network, state: State, mixing: Mixing) -> State:
+    async def _mix(self, net: Network, state: State, mixing: Mixing, before: Tensor | None) -> State:
         models = state["x"]
         for _ in range(self.mixes):
-            received, weights = await net.exchange(models, mixing)
+            received, weights = await net.exchange(models, mixing, before)
             models = self.merge(models, received, weights, net.problem.shared_layout)
         return {**state, "x": models}
 

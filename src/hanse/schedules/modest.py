@@ -114,7 +114,7 @@ class Member:
         self.open: dict[int, dict[int, Tensor]] = {}
         self.finished: set[int] = set()
         self.pongs: dict[int, asyncio.Event] = {}
-        self.heard = node.now
+        self.heard = float(notes.get("heard", torch.tensor(node.now, dtype=torch.float64)))
 
     @property
     def estimate(self) -> int:
@@ -154,6 +154,7 @@ class Member:
                 "k_train": torch.tensor(self.k_train),
                 "x": self.x,
                 "round": torch.tensor(self.round),
+                "heard": torch.tensor(self.heard, dtype=torch.float64),
             }
 
     # ---- the sample

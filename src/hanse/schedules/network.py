@@ -125,8 +125,10 @@ class Network(Protocol):
         """
         ...
 
-    async def exchange(self, models: Tensor, mixing: Mixing) -> tuple[Tensor, Mixing]:
-        """Every node sends its row of ``models`` ``[N, P]`` to its neighbours; what they have of it, and the weights left."""
+    async def exchange(self, models: Tensor, mixing: Mixing, before: Tensor | None) -> tuple[Tensor, Mixing]:
+        """``before`` are the models before their last training, which says what liars have to lie about.
+
+        Every node sends its row of ``models`` ``[N, P]`` to its neighbours; what they have of it, and the weights left."""
         ...
 
     async def play(self, program: Callable[[Any], Coroutine[Any, Any, None]]) -> None:

@@ -99,6 +99,10 @@ class Peers(Schedule):
 
 def begin(net: Network, method: Method, schedule: str) -> Tensor:
     """The initial model; raises ``ConfigError`` on a rule that needs a server to remember something."""
+    if net.problem.shares_buffers:
+        raise ConfigError(
+            f"buffers: 'average' is not allowed with {schedule}: nodes exchange no batch-norm statistics; use 'private'"
+        )
     state = method.init(net.problem)
     if method.opens or state.keys() != {"x"}:
         needs = ", ".join(sorted(state.keys() - {"x"})) or "to hear from everybody first"
