@@ -149,3 +149,7 @@ def test_the_split_has_a_seed_of_its_own() -> None:
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(ConfigError, match=f"device: '{device}' is not allowed"):
         Settings(device=device).federation(0)
+
+
+def test_no_attack_has_a_name() -> None:
+    assert Settings.read(None, {"attack": "none"}).attack is None

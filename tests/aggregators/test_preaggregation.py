@@ -12,7 +12,7 @@ from judge import byzfl
 from made_rows import made, some_rows
 from torch import Tensor
 
-from hanse.aggregators import Aggregator, PreAggregation, bucketing, clipping, mean, nnm
+from hanse.aggregators import Aggregator, PreAggregation, bucketing, clipping, mean, nnm, series
 
 RULES = (
     "mean",
@@ -95,3 +95,19 @@ def test_nnm_keeps_the_honest_together() -> None:
     rows[:2] += 1000
     mixed = new_rows(nnm(2), rows)
     torch.testing.assert_close(mixed[2:], rows[2:].mean(0).expand(7, -1))
+
+
+@pytest.mark.parametrize(
+    "rule", ["krum(2)", "multi_krum(2)", "geometric_median", "bulyan(1)", "nnm(2) | krum(2)", "trimmed_mean(2)"]
+)
+@pytest.mark.parametrize("before", ["clipping", "clipping(5)", "nnm(1) | clipping", "clipping | nnm(2)"])
+def test_rows_near_each_other_are_told_apart_after_clipping(before: str, rule: str) -> None:
+    """Clipped rows do not move with the origin, so their inner products may not be taken from another one."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(500, generator=generator, dtype=torch.float64)
+    rows = base + 0.05 * torch.randn(9, 500, generator=generator, dtype=torch.float64)
+    rows[8] = 3 * base
+    stages, x = PreAggregation.parse(before), rows
+    for stage in stages.mixings if isinstance(stages, series) else (stages,):
+        x = stage.matrix(x @ x.T) @ x
+    torch.testing.assert_close(Aggregator.parse(f"{before} | {rule}")(rows), Aggregator.parse(rule)(x), rtol=1e-6, atol=1e-9)

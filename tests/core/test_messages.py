@@ -104,3 +104,24 @@ def test_a_total_counts_those_who_sent_as_their_share_of_the_reply() -> None:
 def test_what_nobody_sent_has_mean_zero() -> None:
     assert torch.equal(reply_of(VALUES, WEIGHT, torch.zeros(2).bool()).mean("delta"), torch.zeros(2))
     assert torch.equal(reply_of(VALUES, WEIGHT, torch.zeros(2).bool(), total=8.0).mean("delta"), torch.zeros(2))
+
+
+def test_what_counts_nothing_is_not_shown_to_a_robust_mean() -> None:
+    """Five of ones, of which two came too late: their zeros would be two liars' worth of rows."""
+    rows, five = torch.ones(5, 3), torch.arange(5)
+    seen: list[Tensor] = []
+
+    def aggregate(values: Tensor, weight: Tensor) -> Tensor:
+        seen.append(values)
+        return values.mean(0)
+
+    scale = torch.tensor([1.0, 0.5, 1.0, 0.0, 0.0])
+    made = Reply(
+        five, five, torch.ones(5), {}, {}, {}, torch.zeros(5), 5, {}, scale=scale, each={"delta": rows}, aggregate=aggregate
+    )
+    torch.testing.assert_close(made.mean("delta"), torch.full((3,), 2.5 / 3))
+    assert len(seen[0]) == 3
+    late = Reply(
+        five, five, torch.ones(5), {}, {}, {}, torch.zeros(5), 5, {}, scale=0 * scale, each={"delta": rows}, aggregate=aggregate
+    )
+    assert not late.mean("delta").any() and len(seen) == 1

@@ -219,3 +219,34 @@ def test_refusals_survive_a_stop(tmp_path: Path) -> None:
     go(fed, FedAvg(), attack, out=tmp_path, on_start=stop_after(2), **more)
     again = hs.resume(tmp_path)
     assert again.history == whole.history and torch.equal(model(again), model(whole))
+
+
+def test_nobody_forges_what_it_does_not_send(federation: hs.Federation) -> None:
+    """In rounds of miners alone FedAMD's v has no senders, and stays as it is."""
+    states: list[Tensor] = []
+
+    def follow(net: LocalNetwork) -> None:
+        commit = net.on_commit
+        net.on_commit = lambda n: (states.append(n.state["v"]), commit(n))  # type: ignore[assignment]
+
+    go(federation, hs.methods.FedAMD(period=3), "random(share=0.5)", rounds=3, on_start=follow)
+    assert torch.equal(states[1], states[0]) and torch.equal(states[2], states[0])
+
+
+def test_who_is_refused_counts_as_zeros_under_differential_privacy(federation: hs.Federation) -> None:
+    noise = hs.privacy.differential(clip=0.5, noise=1e-6, delta=1e-2)
+    rule = FedAvg(weights="uniform")
+    net = LocalNetwork(
+        federation,
+        rule,
+        engine(),
+        hs.codecs.identity(),
+        seed=0,
+        rounds=2,
+        attack=nothing_but_nan(share=0.25),
+        schedule=synchronous(8),
+        privacy=[noise],
+    )
+    drive(synchronous(8).run(net, rule))
+    assert net.round == 2 and torch.isfinite(net.state["x"]).all()
+    assert not torch.equal(net.state["x"], federation.problem.start)

@@ -242,3 +242,11 @@ def test_graphs_that_change_by_rounds_are_refused() -> None:
 def test_rules_with_a_server_are_refused(rule: FedAvg) -> None:
     with pytest.raises(ConfigError, match=r"method: .* is not allowed with async_gossip"):
         played(federation(), rule, async_gossip())
+
+
+def test_a_run_cut_by_its_seconds_has_a_last_round_that_is_evaluated() -> None:
+    fed = federation(fleet=hs.fleet.devices(job=5))
+    run = hs.run(fed, FedAvg(), async_gossip(), rounds=1000, seconds=2, evaluate=0)
+    assert [r["seconds"] for r in run.history] == [2.0] and run.history[0]["metrics"]["accuracy"] >= 0
+    longer = hs.run(fed, FedAvg(), async_gossip(), rounds=1000, seconds=40, evaluate=0)
+    assert longer.history[-1]["seconds"] == 40.0 and longer.history[-1]["metrics"] and longer.history[-1]["staleness"] == 0

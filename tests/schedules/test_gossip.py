@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,3 +249,39 @@ class everybody_knows_nobody(Topology):
         import networkx as nx
 
         return nx.empty_graph(nodes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "more", "why"),
+    [
+        ("FedSpeed", {}, "it asks for the sums of all replies"),
+        ("StaleInversion", {}, "it needs a server"),
+        ("FirstOrder", {}, "it needs a server"),
+        ("FedAvg(aggregate=median)", {}, r"aggregate: median is not allowed between peers: use merge=robust"),
+        ("FedAvg", {"down": "int8"}, "down: int8 is not allowed between peers"),
+        ("FedAvg", {"attack": "damaged"}, "attack: damaged is not allowed between peers"),
+        ("FedAvg", {"attack": "random(share=0.9)", "clients": 3}, "none of them would be honest"),
+    ],
+)
+def test_what_means_a_server_or_nobody_is_refused(rule: str, more: dict[str, Any], why: str) -> None:
+    fed = federation(more.pop("clients", 8))
+    parts = {"down": hs.codecs.Codec, "attack": hs.attacks.Attack}
+    with pytest.raises(ConfigError, match=why):
+        played(fed, hs.methods.Method.parse(rule), gossip(), **{n: parts[n].parse(v) for n, v in more.items()})  # type: ignore[arg-type]
+
+
+def test_who_averages_first_has_nothing_to_lie_about_yet() -> None:
+    with pytest.raises(ConfigError, match=r"attack: .* is not allowed here"):
+        played(federation(), FedAvg(), gossip(order="mix"), attack=hs.attacks.sign_flip())
+
+
+def test_models_that_are_not_finite_weigh_nothing() -> None:
+    fed = federation(dtype="float32")
+    run = played(fed, FedAvg(), gossip(topology=complete()), attack=hs.attacks.scaled(share=0.25, scale=1e39), rounds=3)
+    assert torch.isfinite(models(run)).all()
+
+
+def test_time_goes_on_when_everybody_breaks_off() -> None:
+    fed = federation(4, fleet=hs.fleet.devices(job=100.0, trace="crashes(100, 100)"))
+    run = played(fed, FedAvg(), gossip(), rounds=60)
+    assert run.history[-1]["seconds"] > 1000 and run.history[-1]["updates"] > 10
