@@ -34,6 +34,8 @@ COHORT_LISTED = 256
 """Longest cohort written into the history client by client."""
 JOBS_LISTED = 5000
 """Jobs of a run that are written into its history one by one."""
+GAP_NODES = 2000
+"""Most nodes for which the spectrum of the weights is computed; it takes a second."""
 CLIENTS_LISTED = 200
 """Clients of whom it is written down when they were away."""
 
@@ -99,6 +101,8 @@ class Recorder:
         self.result.history.append(record)
         if net.arrangement is not None and "arrangement" not in self.result.notes:
             self.result.notes["arrangement"] = net.engine.full()
+            if net.mixing is not None and net.clients <= GAP_NODES:
+                self.result.notes["spectral gap"] = f"{net.mixing.gap:.4g}, of the weights of the first exchange"
             if self.folder is not None:
                 self.folder.describe(self.result)
         if self.folder is not None:

@@ -80,6 +80,7 @@ def test_exchanges_shrink_the_distance_as_lambda_says_and_keep_the_mean(mixes: i
     assert before < 1e-20 and mixing.second == pytest.approx((1 + 2 * math.cos(2 * math.pi / 16)) / 3)
     assert consensus_distance(models(run)) <= mixing.second ** (2 * mixes) * consensus_distance(start) + 1e-9
     torch.testing.assert_close(models(run).mean(0), start.mean(0), rtol=0, atol=1e-9)
+    assert run.notes["spectral gap"].startswith(f"{mixing.gap:.4g},")
 
 
 @pytest.mark.parametrize("mixes", [1, 2])

@@ -213,6 +213,8 @@ class LocalNetwork:
         self.flops = 0.0 if self.clock.timeless else self.problem.sample_flops(self.samples.x[:1]) * method.gradients
         self.footprint = self._footprint()
         self.state: State = {}
+        self.mixing: Mixing | None = None
+        """The weights of the first exchange between peers."""
         self.notes: Tensors = {}
         self.letters: dict[str, list[int]] = {}
         """Messages and bytes by kind that peers' programs have sent so far."""
@@ -490,6 +492,7 @@ class LocalNetwork:
         return replace(reply, sums=Absent(self.method, "sums"), starts=Absent(self.method, "starts"))
 
     async def exchange(self, models: Tensor, mixing: Mixing, before: Tensor | None) -> tuple[Tensor, Mixing]:
+        self.mixing = self.mixing or mixing
         if self.adversaries is None:
             return self.exchanges.send(models, mixing, self.round)
         if before is None and self.adversaries.attack.forges:
