@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -254,6 +255,21 @@ def joined(sums: Sequence[Tensors]) -> Tensors:
         for name, total in other.items():
             first[name].add_(total)
     return first
+
+
+def side_by_side(parts: list[Tensor], empty: Tensor) -> Tensor:
+    """The parts one after the other; ``empty`` if there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else empty
+
+
+def weights_of(lanes: list[Lane]) -> tuple[np.ndarray, Tensor]:
+    """Tickets and bytes of what has been executed."""
+    batches = [batch for lane in lanes for batch in lane.batches]
+    if not batches:
+        return np.empty(0, np.int64), torch.empty(0, dtype=torch.int64)
+    return torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches])
 
 
 def memory_key(name: str, row: str) -> str:

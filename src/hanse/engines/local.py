@@ -31,7 +31,7 @@ from hanse.engines.arrangement import fastest
 from hanse.engines.base import Arrangement, Engine
 from hanse.engines.downlink import Downlink
 from hanse.engines.exchange import Exchanges
-from hanse.engines.execution import Executor, Lane, Orders, joined
+from hanse.engines.execution import Executor, Lane, Orders, side_by_side, weights_of
 from hanse.engines.mechanisms import Mechanisms
 from hanse.engines.pending import Collected, Pending
 from hanse.engines.programs import Outcome, Programs
@@ -97,21 +97,6 @@ def continues(saved: Tensors, start: Tensors) -> bool:
     """Whether ``saved`` can have come of ``start``: alike, but that tables without a row at first may have some by now."""
     tables = {n: t[:0] if start[n].dim() and not len(start[n]) else t for n, t in saved.items() if n in start}
     return saved.keys() == start.keys() and alike(tables, start)
-
-
-def side_by_side(parts: list[Tensor], empty: Tensor) -> Tensor:
-    """The parts one after the other; ``empty`` if there are none."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else empty
-
-
-def weights_of(lanes: list[Lane]) -> tuple[np.ndarray, Tensor]:
-    """Tickets and bytes of what has been executed."""
-    batches = [batch for lane in lanes for batch in lane.batches]
-    if not batches:
-        return np.empty(0, np.int64), torch.empty(0, dtype=torch.int64)
-    return torch.cat([b.tickets for b in batches]).numpy(), torch.cat([b.bytes_up for b in batches])
 
 
 def ruled(rules: Codec | None, given: Codec, field: str, method: Method) -> Codec:
@@ -657,33 +642,11 @@ class LocalNetwork:
 
         If they ``trained``, they are in the round's record.
         """
-        batches = [batch for lane in found.lanes for batch in lane.batches]
-        uploads = [batch.upload for batch in batches]
-        names = uploads[0].rows if uploads else {}
-        flags = uploads[0].senders if uploads else {}
         aggregate = self.method.aggregate if aggregate is None and self.method.robust else aggregate
-        single = uploads[0].sums if uploads and aggregate is not None else {}
-        none, nothing = self.cohort[:0], self.problem.start[:0]
-        reply = Reply(
-            clients=side_by_side([u.clients for u in uploads], none),
-            versions=side_by_side([b.versions for b in batches], none),
-            weight=side_by_side([u.weight for u in uploads], nothing),
-            sums=joined([lane.sums for lane in found.lanes]),
-            rows={n: side_by_side([u.rows[n] for u in uploads], nothing) for n in names},
-            senders={n: side_by_side([u.senders[n] for u in uploads], none) for n in flags},
-            loss=side_by_side([u.loss for u in uploads], nothing),
-            population=self.clients,
-            starts=starts,
-            scaled=None if found.scale is None else joined(found.scaled),
-            scale=found.scale,
-            total=total,
-            everyone=self.total_weight,
-            problem=self.problem,
-            each={n: side_by_side([u.sums[n] for u in uploads], nothing) for n in single},
-            aggregate=aggregate,
+        known = found.reply(self.problem.start[:0], aggregate)
+        reply = self._private(
+            replace(known, starts=starts, total=total, population=self.clients, everyone=self.total_weight, problem=self.problem)
         )
-        refused = side_by_side([batch.refused for batch in batches], none.bool())
-        reply = self._private(reply.without(refused) if bool(refused.any()) else reply)
         if trained and len(reply):
             self.cohort = torch.cat([self.cohort, reply.clients]) if len(self.cohort) else reply.clients
             loss, weight = reply.loss.cpu().double().numpy(), reply.weight.cpu().double().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hanse.core.errors import CheckpointError
-from hanse.core.messages import Tensors, Upload
+from hanse.core.messages import Reply, Tensors, Upload
 from hanse.core.state import ClientState
-from hanse.engines.execution import Batch, Lane, add
+from hanse.engines.execution import Batch, Lane, add, joined, side_by_side
 from hanse.fleet.clock import Clock, among
 
 Tickets = NDArray[np.int64]
@@ -46,6 +47,31 @@ class Collected(NamedTuple):
     lanes: list[Lane]
     scaled: list[Tensors]
     scale: Tensor | None
+
+    def reply(self, nothing: Tensor, aggregate: Callable[[Tensor, Tensor], Tensor] | None) -> Reply:
+        """What the server sees of them, without those it refuses. ``nothing`` is an empty tensor of the weights' type; where there
+        is an ``aggregate``, single contributions are kept for it.
+        """
+        batches = [batch for lane in self.lanes for batch in lane.batches]
+        uploads, none = [batch.upload for batch in batches], torch.zeros(0, dtype=torch.long)
+        rows, senders, sums = (uploads[0].rows, uploads[0].senders, uploads[0].sums) if uploads else ({}, {}, {})
+        reply = Reply(
+            clients=side_by_side([u.clients for u in uploads], none),
+            versions=side_by_side([b.versions for b in batches], none),
+            weight=side_by_side([u.weight for u in uploads], nothing),
+            sums=joined([lane.sums for lane in self.lanes]),
+            rows={n: side_by_side([u.rows[n] for u in uploads], nothing) for n in rows},
+            senders={n: side_by_side([u.senders[n] for u in uploads], none) for n in senders},
+            loss=side_by_side([u.loss for u in uploads], nothing),
+            population=0,
+            starts={},
+            scaled=None if self.scale is None else joined(self.scaled),
+            scale=self.scale,
+            each={} if aggregate is None else {n: side_by_side([u.sums[n] for u in uploads], nothing) for n in sums},
+            aggregate=aggregate,
+        )
+        refused = side_by_side([batch.refused for batch in batches], none.bool())
+        return reply.without(refused) if bool(refused.any()) else reply
 
 
 class Pending:
