@@ -72,12 +72,10 @@ def test_among_neighbours_of_everybody_all_are_equal_after_an_exchange_and_fed_a
 @pytest.mark.parametrize("mixes", [1, 3])
 def test_exchanges_shrink_the_distance_as_lambda_says_and_keep_the_mean(mixes: int) -> None:
     fed = federation(16)
-    apart = models(played(fed, FedAvg(lr=0.3), gossip(topology=complete()), rounds=1))  # all equal: then one round of work alone
-    before = consensus_distance(apart)
     run = played(fed, FedAvg(lr=1e-12), gossip(start="own", mixes=mixes), rounds=1)
     start = torch.stack([fed.start(i) for i in range(16)])
     mixing = Mixing.metropolis(ring().graph(16, fed.streams, 0))
-    assert before < 1e-20 and mixing.second == pytest.approx((1 + 2 * math.cos(2 * math.pi / 16)) / 3)
+    assert mixing.second == pytest.approx((1 + 2 * math.cos(2 * math.pi / 16)) / 3)
     assert consensus_distance(models(run)) <= mixing.second ** (2 * mixes) * consensus_distance(start) + 1e-9
     torch.testing.assert_close(models(run).mean(0), start.mean(0), rtol=0, atol=1e-9)
     assert run.notes["spectral gap"].startswith(f"{mixing.gap:.4g},")
@@ -175,12 +173,12 @@ def test_who_takes_too_long_keeps_its_model() -> None:
 
 def test_a_message_that_is_lost_weighs_nothing() -> None:
     fed = federation(fleet=hs.fleet.devices(loss=0.5))
-    lost, all_there = played(fed, FedAvg(lr=1e-12), gossip(start="own"), rounds=1), federation()
+    lost = played(fed, FedAvg(lr=1e-12), gossip(start="own"), rounds=1)
     start = torch.stack([fed.start(i) for i in range(8)])
     w = torch.linalg.lstsq(start.T, models(lost).T).solution.T  # the weights that were used
     torch.testing.assert_close(w.sum(1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-8)
     used = (w.abs() > 1e-6).sum() - 8
-    assert 0 < used < 16 and all_there.clients == 8
+    assert 0 < used < 16
 
 
 @pytest.mark.parametrize(("schedule", "weights"), [(gossip(own=0.5), "leaning"), (gossip(weights="samples"), "proportional")])

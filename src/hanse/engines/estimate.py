@@ -114,8 +114,7 @@ class Rehearsal(LocalNetwork):
         if orders.share is not None:
             sizes += (orders.share * self.whole).long()
         upload = Upload(orders.clients, ones, {}, {}, {}, ones)
-        yes, no = ones.bool(), torch.zeros(len(orders), dtype=torch.bool)
-        return [Lane(batches=[Batch(orders.tickets, orders.versions, upload, sizes, {}, yes, no)])]
+        return [Lane(batches=[Batch(orders.tickets, orders.versions, upload, sizes, {}, ones.bool())])]
 
     def _enough(self, came: Tensor) -> None:
         """How many are too few is for the run itself to say, which saves what it has first."""

@@ -77,8 +77,8 @@ class Batch:
     kept: Tensors
     written: Tensor
     """Whether the clients have written down what they want to keep, bool ``[C]``."""
-    refused: Tensor
-    """Whether the server does without what they sent, bool ``[C]``; it then weighs nothing."""
+    refused: Tensor | None = None
+    """Whether the server does without what they sent, bool ``[C]``; it then weighs nothing. None: nobody is refused."""
 
 
 @dataclass
@@ -190,15 +190,14 @@ class Executor:
     def _send(self, trained: Trained, lane: Lane, total: bool) -> None:
         """Encode, and add up what only sums are needed of."""
         orders, upload, state = trained.orders, trained.upload, trained.state
-        none, refused = torch.zeros(len(orders), dtype=torch.int64), torch.zeros(len(orders), dtype=torch.bool)
-        sending = partial(self._sending, orders, state)
-        sizes = none if orders.own else encode(upload, self.codec, state, sending)
+        sending, refused = partial(self._sending, orders, state), None
+        sizes = torch.zeros(len(orders), dtype=torch.int64) if orders.own else encode(upload, self.codec, state, sending)
         readable = self.privacy is None or self.privacy.masks is None
         if self.adversaries is not None and not orders.own and readable:  # what is masked nobody can read, to refuse it
             refused = self.adversaries.deliver(upload, orders.rounds, self.codec, sending)
         if self.privacy is not None:
-            sizes, refused = self.privacy.protect(upload, sizes), torch.zeros_like(refused)  # those refused count as zeros
-        elif bool(refused.any()):
+            sizes, refused = self.privacy.protect(upload, sizes), None  # those refused count as zeros
+        elif refused is not None:
             upload.weight = torch.where(refused.to(upload.weight.device), 0, upload.weight)
         if total:
             for name, values in upload.sums.items():
@@ -206,7 +205,9 @@ class Executor:
                     add(lane.sums, name, upload.weight, values)
             if not self.method.robust:
                 upload.sums = {}  # rows of a finished batch need not stay in memory
-        lane.batches.append(Batch(orders.tickets, orders.versions, upload, sizes, state, refused.new_zeros(len(orders)), refused))
+        lane.batches.append(
+            Batch(orders.tickets, orders.versions, upload, sizes, state, torch.zeros(len(orders), dtype=torch.bool), refused)
+        )
 
     def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""

@@ -203,6 +203,7 @@ class LocalNetwork:
         self.notes: Tensors = {}
         self.letters: dict[str, list[int]] = {}
         """Messages and bytes by kind that peers' programs have sent so far."""
+        self._losses: list[tuple[float, float]] = []
         self.stopping = False
         self._draws = 0
         self._mark()
@@ -455,21 +456,20 @@ class LocalNetwork:
         there = torch.from_numpy(done <= min(last, NEVER - 1))
         waited = last if last < NEVER and not bool(there.all()) else int(over[over < NEVER].max(initial=0))
         self.clock.go_on(waited)
-        return self._locally(
-            work, nodes[there], {n: t[there] for n, t in message.items()}, torch.full((int(there.sum()),), self.round)
-        )
-
-    def _locally(self, work: str, nodes: Tensor, message: Tensors, rounds: Tensor) -> Reply:
-        """What ``nodes`` make of their rows of ``message``; their learning rates are those of ``rounds``.
-
-        Work other than training has purposes of its own to draw for, and is no update.
-        """
-        trains, steps = work == "train", self._task(nodes, None).steps
-        keys = torch.from_numpy(self._keys(nodes.numpy(), rounds.numpy())) if trains else rounds
-        orders = Orders(work, [message], nodes, nodes, keys, rounds, steps, torch.arange(len(nodes)), own=True)
-        lanes = self._perform(orders, total=False) if len(nodes) else []
+        ids, rows = nodes[there], {n: t[there] for n, t in message.items()}
+        lanes = self._locally(work, ids, rows, torch.full_like(ids, self.round))
         self._keep(lanes)
-        return self._among_peers(lanes, trains)
+        return self._among_peers(lanes, trained=work == "train")
+
+    def _locally(self, work: str, nodes: Tensor, message: Tensors, rounds: Tensor) -> list[Lane]:
+        """What ``nodes`` make of their rows of ``message``; their learning rates are those of ``rounds``. Nothing is kept yet.
+
+        Work other than training has purposes of its own to draw for.
+        """
+        keys = torch.from_numpy(self._keys(nodes.numpy(), rounds.numpy())) if work == "train" else rounds
+        steps, which = self._task(nodes, None).steps, torch.arange(len(nodes))
+        orders = Orders(work, [message], nodes, nodes, keys, rounds, steps, which, own=True)
+        return self._perform(orders, total=False) if len(nodes) else []
 
     def _among_peers(self, lanes: list[Lane], trained: bool) -> Reply:
         """The reply of nodes that are their own servers: it has nothing that only a server of all would have."""
@@ -504,14 +504,12 @@ class LocalNetwork:
             self._played,
             self.state["x"],
         )
-        self.letters, self._losses = programs.counts, list[tuple[float, float]]()
+        self.letters = programs.counts
         programs.play(program, self.seconds)
 
     def _trained(self, nodes: Tensor, models: Tensor, rounds: Tensor) -> list[Outcome]:
         """What comes of ``models`` ``[C, P]`` in the work of ``nodes``; nothing is written down yet."""
-        message, keys = self.method.message({"x": models}), torch.from_numpy(self._keys(nodes.numpy(), rounds.numpy()))
-        steps, which = self._task(nodes, None).steps, torch.arange(len(nodes))
-        lanes = self._perform(Orders("train", [message], nodes, nodes, keys, rounds, steps, which, own=True), total=False)
+        lanes = self._locally("train", nodes, self.method.message({"x": models}), rounds)
         reply = self._among_peers(lanes, trained=False)
         order, everyone = nodes.argsort(), torch.arange(len(nodes))
         at = order[torch.searchsorted(nodes[order], reply.clients)]
@@ -643,10 +641,14 @@ class LocalNetwork:
         If they ``trained``, they are in the round's record.
         """
         aggregate = self.method.aggregate if aggregate is None and self.method.robust else aggregate
-        known = found.reply(self.problem.start[:0], aggregate)
-        reply = self._private(
-            replace(known, starts=starts, total=total, population=self.clients, everyone=self.total_weight, problem=self.problem)
-        )
+        about = {
+            "starts": starts,
+            "total": total,
+            "population": self.clients,
+            "everyone": self.total_weight,
+            "problem": self.problem,
+        }
+        reply = self._private(found.reply(self.problem.start[:0], aggregate, **about))
         if trained and len(reply):
             self.cohort = torch.cat([self.cohort, reply.clients]) if len(self.cohort) else reply.clients
             loss, weight = reply.loss.cpu().double().numpy(), reply.weight.cpu().double().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,9 +48,9 @@ class Collected(NamedTuple):
     scaled: list[Tensors]
     scale: Tensor | None
 
-    def reply(self, nothing: Tensor, aggregate: Callable[[Tensor, Tensor], Tensor] | None) -> Reply:
+    def reply(self, nothing: Tensor, aggregate: Callable[[Tensor, Tensor], Tensor] | None, **about: Any) -> Reply:
         """What the server sees of them, without those it refuses. ``nothing`` is an empty tensor of the weights' type; where there
-        is an ``aggregate``, single contributions are kept for it.
+        is an ``aggregate``, single contributions are kept for it. ``about`` are those fields of a reply that are not in its jobs.
         """
         batches = [batch for lane in self.lanes for batch in lane.batches]
         uploads, none = [batch.upload for batch in batches], torch.zeros(0, dtype=torch.long)
@@ -63,15 +63,15 @@ class Collected(NamedTuple):
             rows={n: side_by_side([u.rows[n] for u in uploads], nothing) for n in rows},
             senders={n: side_by_side([u.senders[n] for u in uploads], none) for n in senders},
             loss=side_by_side([u.loss for u in uploads], nothing),
-            population=0,
-            starts={},
             scaled=None if self.scale is None else joined(self.scaled),
             scale=self.scale,
             each={} if aggregate is None else {n: side_by_side([u.sums[n] for u in uploads], nothing) for n in sums},
             aggregate=aggregate,
+            **about,
         )
-        refused = side_by_side([batch.refused for batch in batches], none.bool())
-        return reply.without(refused) if bool(refused.any()) else reply
+        if all(batch.refused is None for batch in batches):
+            return reply
+        return reply.without(torch.cat([torch.zeros_like(b.written) if b.refused is None else b.refused for b in batches]))
 
 
 class Pending:
@@ -184,7 +184,7 @@ class Pending:
             saved |= {f"{at}.{group}.{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
             own = {"clients": upload.clients, "weight": upload.weight, "loss": upload.loss}
             own |= {"versions": r.batch.versions, "bytes": r.batch.bytes_up, "tickets": r.batch.tickets, "written": r.batch.written}
-            own |= {"refused": r.batch.refused}
+            own |= {} if r.batch.refused is None else {"refused": r.batch.refused}
             saved |= {f"{at}.own.{n}": t for n, t in own.items()} | {f"{at}.own.lane": torch.tensor([r.lane])}
         return {**saved, "next": torch.tensor([self._next])}
 
@@ -214,7 +214,7 @@ class Pending:
             names = "sums", "rows", "senders", "kept"
             sums, rows, senders, kept = ({n: t.to(device) for n, t in groups.get(g, {}).items()} for g in names)
             upload = Upload(own["clients"], own["weight"].to(device), sums, rows, senders, own["loss"].to(device))
-            batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"], own["refused"])
+            batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"], own.get("refused"))
             self.results.append(Result(int(own["lane"]), batch))
 
 
@@ -231,4 +231,12 @@ def _rows(batch: Batch, rows: Tickets) -> Batch:
         {n: t[at] for n, t in group.items()} for group in (upload.sums, upload.rows, upload.senders, batch.kept)
     )
     part = Upload(upload.clients[at], upload.weight[at], sums, seen, senders, upload.loss[at])
-    return Batch(batch.tickets[at], batch.versions[at], part, batch.bytes_up[at], kept, batch.written[at], batch.refused[at])
+    return Batch(
+        batch.tickets[at],
+        batch.versions[at],
+        part,
+        batch.bytes_up[at],
+        kept,
+        batch.written[at],
+        None if batch.refused is None else batch.refused[at],
+    )

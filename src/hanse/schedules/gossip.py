@@ -12,6 +12,9 @@ Consistency of Decentralized Federated Learning", ICML 2023, arXiv 2302.04083 (D
     DFedAvg      FedAvg, Q = 1                 DFedSAM-MGS   FedSAM, Q > 1
     DFedAvgM     FedAvg(local="sgd(momentum=0.9)"), Q = 1
 
+Not here: the other D-PSGD, whose gradient is taken before averaging (``order="mix"`` averages, then trains from the average), and
+DFedAvgM's quantised differences (a codec writes whole models).
+
 A node that is away keeps its model, and its neighbours count their own for the missing one. Two phases: in an exchange nobody sees
 a model that has been averaged in it already. Sent: Q models of a node to each of its neighbours; bytes count as sent, once.
 """
