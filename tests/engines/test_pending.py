@@ -16,7 +16,8 @@ from torch import Tensor
 
 import hanse as hs
 from hanse.core.errors import CheckpointError
-from hanse.core.messages import Reply, Tensors, wire_size
+from hanse.core.messages import Reply, Tensors
+from hanse.core.wire import wire_size
 from hanse.engines.execution import Executor, Lane, Orders
 from hanse.engines.local import LocalNetwork
 from hanse.fleet.clock import Events, Jobs

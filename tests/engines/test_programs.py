@@ -14,8 +14,8 @@ from torch import Tensor
 
 import hanse as hs
 from hanse.core.errors import ConfigError, DivergedError, StalledError
-from hanse.core.messages import wire_size
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.engines import programs as engine
 from hanse.engines.programs import Outcome, Programs, VirtualLoop
 from hanse.fleet.clock import Clock

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hanse as hs
-from hanse.core.messages import wire_size
 from hanse.core.optim import exponential, sgd
+from hanse.core.wire import wire_size
 from hanse.fleet.clock import Jobs
 from hanse.methods import AFA_CD, AFA_CS, MIFA, FedAvg
 from hanse.schedules import anarchic, fedbuff

@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import hanse as hs
-from hanse.core.messages import wire_size
 from hanse.core.optim import exponential, sgd
 from hanse.core.samples import Plan
+from hanse.core.wire import wire_size
 from hanse.methods import FedAMD
 from hanse.methods.fedamd import anchor_probability
 

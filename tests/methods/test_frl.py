@@ -19,9 +19,10 @@ from hanse.codecs.wire import FRAME, frame, varint
 from hanse.core.context import Context
 from hanse.core.gradients import paths
 from hanse.core.layout import Layout
-from hanse.core.messages import Reply, Upload, wire_size
+from hanse.core.messages import Reply, Upload
 from hanse.core.optim import exponential, sgd
 from hanse.core.problem import Problem
+from hanse.core.wire import wire_size
 from hanse.engines.local import LocalNetwork
 from hanse.methods import FRL
 from hanse.methods.base import State

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 import hanse as hs
-from hanse.core.messages import wire_size
 from hanse.core.optim import exponential, sgd
 from hanse.core.samples import Plan
+from hanse.core.wire import wire_size
 from hanse.methods import FedAvg, FedAvg_M, FedAvg_M_VR, Scaffold, Scaffold_M, Scaffold_M_VR
 
 FOUR = [FedAvg_M, FedAvg_M_VR, Scaffold_M, Scaffold_M_VR]

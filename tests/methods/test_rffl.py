@@ -17,8 +17,9 @@ import hanse as hs
 from hanse.codecs import Sending
 from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout
-from hanse.core.messages import Reply, wire_size
+from hanse.core.messages import Reply
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.data.task import Dataset
 from hanse.engines.local import LocalNetwork
 from hanse.methods import RFFL, FedAvg

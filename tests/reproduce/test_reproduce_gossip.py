@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hanse.aggregators.merging import average
-from hanse.core.messages import wire_size
+from hanse.core.wire import wire_size
 from hanse.data.tasks import digits, quadratics
 from hanse.engines.local import LocalNetwork
 from hanse.federation import Federation

@@ -16,7 +16,7 @@ from torch import Tensor
 import hanse as hs
 from hanse.aggregators.merging import average, variance_corrected
 from hanse.core.errors import ConfigError
-from hanse.core.messages import wire_size
+from hanse.core.wire import wire_size
 from hanse.engines.programs import LocalNode
 from hanse.methods import FedAvg, FedSAM, Scaffold
 from hanse.schedules import async_gossip, gossip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hanse as hs
 from hanse.core.errors import ConfigError
-from hanse.core.messages import wire_size
+from hanse.core.wire import wire_size
 from hanse.methods import FedAvg, FedSAM, Scaffold
 from hanse.schedules import gossip, synchronous
 from hanse.topologies import Mixing, Topology, complete, consensus_distance, random_neighbours, ring

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hanse as hs
 from hanse.core.errors import ConfigError, StalledError
-from hanse.core.messages import wire_size
+from hanse.core.wire import wire_size
 from hanse.engines import programs
 from hanse.engines.local import LocalNetwork
 from hanse.fleet.clock import SECOND

@@ -43,6 +43,10 @@ class StalledError(HanseError):
     """Nothing can happen any more in a run that is not over: everybody waits for somebody else."""
 
 
+class TransportError(HanseError):
+    """Bytes could not be moved: no connection, a peer that is gone or breaks the protocol, no memory to share."""
+
+
 class MissingExtraError(HanseError):
     """An optional dependency is not installed."""
 

@@ -1,47 +1,19 @@
 """What travels: named tensors, and the declaration of what the server may see.
 
-On any wire or disk a message is a safetensors file, so its size is a function of names, types and shapes alone.
+On any wire or disk a message is a safetensors file (``wire.py``).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hanse.core.problem import Problem
-
-Tensors = dict[str, Tensor]
-
-_DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_PLACE = {dtype: place for place, dtype in enumerate(_DTYPES)}  # safetensors lays tensors out by type in this order, then by name
-
-
-def wire_size(tensors: Mapping[str, Tensor], coded: Mapping[str, int] | None = None) -> int:
-    """Bytes of the safetensors file that holds ``tensors``; equal to ``len(safetensors.torch.save(tensors))``.
-
-    ``coded`` adds arrays of encoded bytes of the given lengths.
-    """
-    arrays = tuple((n, torch.uint8, (size,)) for n, size in coded.items()) if coded else ()
-    return _size(tuple((n, t.dtype, tuple(t.shape)) for n, t in tensors.items()) + arrays)
-
-
-@lru_cache(maxsize=4096)
-def _size(spec: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> int:
-    header, end = {}, 0
-    for name, dtype, shape in sorted(spec, key=lambda s: (_PLACE[s[1]], s[0])):
-        start, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + text + -text % 8 + end
+from hanse.core.wire import Tensors as Tensors
 
 
 @dataclass

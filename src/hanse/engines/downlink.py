@@ -10,8 +10,9 @@ from torch import Tensor
 from hanse.codecs.base import Codec, Sending
 from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout
-from hanse.core.messages import Tensors, wire_size
+from hanse.core.messages import Tensors
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.engines.execution import AS_IS
 
 

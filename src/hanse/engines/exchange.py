@@ -8,8 +8,8 @@ from torch import Tensor
 from hanse.codecs.base import Codec, Sending
 from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout
-from hanse.core.messages import wire_size
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.fleet.clock import Clock, nanoseconds
 from hanse.topologies import Mixing
 

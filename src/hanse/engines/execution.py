@@ -16,11 +16,12 @@ from hanse.codecs.base import Codec, Sending
 from hanse.core.context import Context
 from hanse.core.gradients import GradientPath
 from hanse.core.layout import Layout
-from hanse.core.messages import Tensors, Upload, wire_size
+from hanse.core.messages import Tensors, Upload
 from hanse.core.problem import Problem
 from hanse.core.samples import Samples
 from hanse.core.state import ClientState
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.engines.adversaries import Adversaries
 from hanse.engines.base import Arrangement
 from hanse.engines.mechanisms import Mechanisms

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hanse.codecs.base import Codec, Sending
 from hanse.core.errors import ConfigError, StalledError
-from hanse.core.messages import Tensors, wire_size
+from hanse.core.messages import Tensors
 from hanse.core.problem import Problem
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Clock
 from hanse.fleet.profiles import Work

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hanse.codecs.base import Codec, Sending
 from hanse.codecs.fedzip import CODERS, fedzip
-from hanse.core.messages import wire_size
+from hanse.core.wire import wire_size
 from hanse.data.partition import dirichlet
 from hanse.engines.local import local
 from hanse.experiment import run

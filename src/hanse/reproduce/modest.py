@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hanse.core.messages import wire_size
+from hanse.core.wire import wire_size
 from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits
 from hanse.engines.local import LocalNetwork
