@@ -12,7 +12,7 @@ from torch import Tensor
 import hanse as hs
 from hanse.core.context import Context
 from hanse.core.messages import Reply, Upload
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods.base import State
 from hanse.track.run import Record
 
@@ -31,7 +31,7 @@ class Seen:
     """The round of each reply."""
     net: Any = None
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net, collect = net, net.collect
 
         def listening(*args: Any, **kwargs: Any) -> Reply:
@@ -124,13 +124,13 @@ def done(seen: Seen) -> list[int]:
     return [int(n) for n in kept[:, 0]]
 
 
-def stop_after(rounds: int) -> Callable[[LocalNetwork], None]:
+def stop_after(rounds: int) -> Callable[[Simulation], None]:
     """For ``on_start``: the run stops after so many rounds, to be resumed."""
 
-    def start(net: LocalNetwork) -> None:
+    def start(net: Simulation) -> None:
         commit = net.on_commit
 
-        def last(net: LocalNetwork) -> None:
+        def last(net: Simulation) -> None:
             net.stopping = net.round == rounds
             commit(net)
 

@@ -19,7 +19,7 @@ from hanse import experiment
 from hanse.config import Settings
 from hanse.core.messages import Tensors
 from hanse.core.optim import constant, cosine
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.track.folder import CHECKPOINT, CLIENTS, HISTORY, Folder
 from hanse.track.run import Record, Run
 
@@ -103,9 +103,9 @@ class Stop:
     def __init__(self, after: int) -> None:
         self.after, self.net = after, None
 
-    net: LocalNetwork | None
+    net: Simulation | None
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net = net
 
     def write(self, record: Record) -> None:

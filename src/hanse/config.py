@@ -29,7 +29,7 @@ from hanse.core.errors import ConfigError, unknown
 if TYPE_CHECKING:
     from hanse.attacks import Attack
     from hanse.codecs import Codec
-    from hanse.engines.local import local
+    from hanse.engines import Engine
     from hanse.federation import Federation
     from hanse.methods import Method
     from hanse.privacy import Privacy
@@ -88,7 +88,7 @@ class Settings(BaseModel):
     attack: Annotated[str | None, BeforeValidator(lambda value: None if value == "none" else value)] = None
     """What some of the clients do to the others, e.g. sign_flip(share=0.2); none: nothing."""
     engine: str = "local"
-    """Where it runs, e.g. local(path="loop", workers=2)."""
+    """Where it runs: local, or e.g. processes(workers=4)."""
     rounds: PositiveInt = 100
     """Rounds to run: how often the model moves."""
     seconds: PositiveFloat | None = None
@@ -171,7 +171,7 @@ class Settings(BaseModel):
         """What the settings name; raises ``ConfigError`` on the first that is wrong."""
         from hanse.attacks import Attack
         from hanse.codecs import Codec
-        from hanse.engines import local
+        from hanse.engines import Engine
         from hanse.methods import Method
         from hanse.privacy import Privacy
         from hanse.schedules import Schedule
@@ -187,7 +187,7 @@ class Settings(BaseModel):
             schedules=schedules,
             codecs=[Codec.parse(c) for c in self.codec],
             down=Codec.parse(self.down),
-            engine=local.parse(self.engine),
+            engine=Engine.parse(self.engine),
             privacy=[Privacy.parse(p) for p in self.privacy],
             attack=None if self.attack is None else Attack.parse(self.attack),
         )
@@ -202,6 +202,6 @@ class Parts(NamedTuple):
     schedules: list[Schedule]
     codecs: list[Codec]
     down: Codec
-    engine: local
+    engine: Engine
     privacy: list[Privacy]
     attack: Attack | None

@@ -17,8 +17,9 @@ from hanse.config import Settings
 from hanse.core.errors import DivergedError, PrivacyError, StalledError
 from hanse.core.messages import Tensors
 from hanse.core.samples import Samples
+from hanse.engines import Engine, local
 from hanse.engines.estimate import drive
-from hanse.engines.local import LocalNetwork, local
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Jobs
 from hanse.methods.base import Method
@@ -69,7 +70,7 @@ class Recorder:
         self.saved_at, self.saved_round = time.monotonic(), 0
         self.jobs = 0
 
-    def start(self, net: LocalNetwork, resume: bool) -> None:
+    def start(self, net: Simulation, resume: bool) -> None:
         """Begin the run folder; with ``resume`` bring ``net`` and the history to the checkpoint in it instead."""
         if self.folder is None:
             return
@@ -82,7 +83,7 @@ class Recorder:
         self.result.history = self.folder.rewind(net.round)
         self.jobs = sum(len(record["jobs"]) for record in self.result.history)
 
-    def __call__(self, net: LocalNetwork) -> None:
+    def __call__(self, net: Simulation) -> None:
         due = net.finished or self._due(net)
         record = Record(
             round=net.round,
@@ -112,13 +113,13 @@ class Recorder:
         for writer in self.writers:
             writer.write(record)
 
-    def _due(self, net: LocalNetwork) -> bool:
+    def _due(self, net: Simulation) -> bool:
         if self.every_seconds is None:
             return self.every > 0 and net.round % self.every == 0
         before = self.result.history[-1]["seconds"] if self.result.history else 0.0
         return net.now // self.every_seconds > before // self.every_seconds
 
-    def _jobs(self, net: LocalNetwork) -> list[Job]:
+    def _jobs(self, net: Simulation) -> list[Job]:
         """The jobs that ended in this round, up to ``JOBS_LISTED`` in all."""
         ended, net.clock.ended = net.clock.ended, []
         if net.now == 0 or self.jobs >= JOBS_LISTED:
@@ -127,7 +128,7 @@ class Recorder:
         self.jobs += len(listed)
         return listed
 
-    def save(self, net: LocalNetwork) -> None:
+    def save(self, net: Simulation) -> None:
         """Write a checkpoint; raises ``DivergedError`` rather than save a model that is not finite."""
         if not bool(torch.isfinite(net.state["x"]).all()):
             raise DivergedError(f"the model of round {net.round} is not finite; lower lr or set clip")
@@ -136,7 +137,7 @@ class Recorder:
         self.saved_at, self.saved_round = time.monotonic(), net.round
 
 
-def evaluate(net: LocalNetwork) -> dict[str, float]:
+def evaluate(net: Simulation) -> dict[str, float]:
     """Loss and metrics on the global test set, and mean, worst tenth and variance of each metric over the clients' test parts."""
     problem, split = net.problem, net.federation.split
     found: dict[str, float] = {}
@@ -169,7 +170,7 @@ def evaluate(net: LocalNetwork) -> dict[str, float]:
     return found
 
 
-def per_node(net: LocalNetwork) -> Tensors:
+def per_node(net: Simulation) -> Tensors:
     """Metrics of every honest node's own model, or client's that has one, on the global test set."""
     problem, split = net.problem, net.federation.split
     honest = net.honest
@@ -181,7 +182,7 @@ def per_node(net: LocalNetwork) -> Tensors:
     return {name: v for name, v in problem.evaluate_clients(w, buffers, everywhere).items() if name in problem.metrics}
 
 
-def own_models(net: LocalNetwork) -> Tensor:
+def own_models(net: Simulation) -> Tensor:
     """The whole model of every client, ``[N, P]``: the shared part, each one's own among peers and where the rule has it keep one,
     and its private one.
     """
@@ -190,7 +191,7 @@ def own_models(net: LocalNetwork) -> Tensor:
     return torch.cat([w, kept["private"]], 1) if "private" in kept else w
 
 
-def per_client(net: LocalNetwork) -> Tensors:
+def per_client(net: Simulation) -> Tensors:
     """Loss and metrics of every client's own model on its own test part, ``[clients]`` each; empty without test parts."""
     problem, test = net.problem, net.federation.split.test
     if not int(test.offsets[-1] - test.offsets[0]):
@@ -204,7 +205,7 @@ def per_client(net: LocalNetwork) -> Tensors:
     return problem.evaluate_clients(w, buffers, test)
 
 
-def weights(net: LocalNetwork) -> Tensors:
+def weights(net: Simulation) -> Tensors:
     """The global model as named tensors: parameters (private ones at their start), and averaged buffers (a row a domain).
 
     Among peers it is the mean of their models.
@@ -227,14 +228,14 @@ def run(
     down: Codec | None = None,
     privacy: Sequence[Privacy] = (),
     attack: Attack | None = None,
-    engine: local | None = None,
+    engine: Engine | None = None,
     seed: int | None = None,
     evaluate: int = 1,
     evaluate_seconds: float | None = None,
     out: Path | str | None = None,
     writers: Sequence[Writer] = (),
     resume: bool = False,
-    on_start: Callable[[LocalNetwork], None] = lambda net: None,
+    on_start: Callable[[Simulation], None] = lambda net: None,
 ) -> Run:
     """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
 
@@ -265,9 +266,9 @@ def run(
     if folder is not None and resume:
         result.notes = folder.read().notes
         if "arrangement" in result.notes:
-            engine = local.parse(result.notes["arrangement"])
+            engine = Engine.parse(result.notes["arrangement"])
     end = math.inf if seconds is None else seconds
-    net = LocalNetwork(
+    net = Simulation(
         federation,
         method,
         engine,
@@ -293,7 +294,7 @@ def run(
     return result
 
 
-def _play(net: LocalNetwork, schedule: Schedule, method: Method, recorder: Recorder) -> None:
+def _play(net: Simulation, schedule: Schedule, method: Method, recorder: Recorder) -> None:
     """The whole conversation; its last good round is saved, and the writers are closed, however it ends."""
     threads = torch.get_num_threads()
     try:
@@ -306,12 +307,13 @@ def _play(net: LocalNetwork, schedule: Schedule, method: Method, recorder: Recor
             recorder.save(net)
         raise
     finally:
+        net.close()
         torch.set_num_threads(threads)
         for writer in recorder.writers:
             writer.close()
 
 
-def _clients(net: LocalNetwork, result: Run) -> Tensors:
+def _clients(net: Simulation, result: Run) -> Tensors:
     """What is written down of every client at the end of a run."""
     federation = net.federation
     found = {"samples": net.samples.counts(), "rounds": net.taken.long()}

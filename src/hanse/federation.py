@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Literal
 
@@ -64,6 +65,13 @@ class Federation:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device,
         }
+
+    def bare(self) -> Federation:
+        """This one without its data and all that is made of them."""
+        bare = copy.copy(self)
+        for name in ("split", "population", "problem"):
+            bare.__dict__.pop(name, None)
+        return bare
 
     @cached_property
     def split(self) -> Split:

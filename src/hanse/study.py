@@ -19,7 +19,7 @@ from hanse.config import Settings
 from hanse.core.errors import CheckpointError
 from hanse.core.part import Part
 from hanse.engines.estimate import Estimate, estimate
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.experiment import Writer, run
 from hanse.federation import Federation
 from hanse.methods.base import Method
@@ -71,7 +71,7 @@ class Study:
         for name in settings.track:
             require(name)
 
-    net: LocalNetwork | None
+    net: Simulation | None
 
     @classmethod
     def open(cls, folder: Path) -> Study:
@@ -134,7 +134,7 @@ class Study:
 
         seed, rounds = self.settings.seed[0], self.settings.rounds
         end = self.settings.seconds or math.inf
-        net = LocalNetwork(
+        net = Simulation(
             self.federation(seed),
             method,
             self.engine,
@@ -196,7 +196,7 @@ class Study:
         settings = {name: str(value) for name, value in self.settings.model_dump().items()}
         trackers = [WRITERS[name](path.name, path, settings) for name in self.settings.track]
 
-        def started(net: LocalNetwork) -> None:
+        def started(net: Simulation) -> None:
             self.net, net.stopping = net, self.stopped
 
         return run(

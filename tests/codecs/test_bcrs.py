@@ -114,9 +114,9 @@ def test_layers_with_a_share_of_their_own_keep_it() -> None:
 
 def test_the_estimate_counts_what_links_allow() -> None:
     from hanse.engines.estimate import estimate
-    from hanse.engines.local import LocalNetwork
+    from hanse.engines.simulation import Simulation
 
     fed, schedule = federation(UNEQUAL), hs.schedules.synchronous(5)
-    net = LocalNetwork(fed, hs.methods.FedAvg(), ENGINE, bcrs(0.05), seed=0, rounds=8)
+    net = Simulation(fed, hs.methods.FedAvg(), ENGINE, bcrs(0.05), seed=0, rounds=8)
     run = hs.run(fed, hs.methods.FedAvg(), schedule, rounds=8, codec=bcrs(0.05))
     assert estimate(net, schedule).up == pytest.approx(run.history[-1]["bytes_up"], rel=0.01)

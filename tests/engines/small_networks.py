@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hanse as hs
 from hanse.core.messages import Reply
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 
 T = TypeVar("T")
 
@@ -39,10 +39,10 @@ def network(
     codec: hs.codecs.Codec | None = None,
     seed: int = 0,
     **engine: Any,
-) -> LocalNetwork:
+) -> Simulation:
     """The network of a run in one fixed arrangement, unless ``engine`` says otherwise."""
     how = {"path": "loop", "chunk": 4, "workers": 1, "threads": 1, **engine}
-    return LocalNetwork(
+    return Simulation(
         federation,
         rule or hs.methods.FedAvg(),
         hs.engines.local(**how),
@@ -53,7 +53,7 @@ def network(
     )
 
 
-def ask(net: LocalNetwork, ids: Tensor, message: dict[str, Tensor] | None = None) -> Reply:
+def ask(net: Simulation, ids: Tensor, message: dict[str, Tensor] | None = None) -> Reply:
     """One exchange, outside any schedule."""
     return at_once(net.ask(ids, "train", message or net.method.message(net.begin(net.method.init(net.problem))[0])))
 
@@ -68,7 +68,7 @@ def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("the local engine answers at once")
 
 
-def rounds(net: LocalNetwork, n: int, cohort: int = 5) -> dict[str, Tensor]:
+def rounds(net: Simulation, n: int, cohort: int = 5) -> dict[str, Tensor]:
     """``n`` rounds of the synchronous schedule; returns the server's state."""
     state, _ = net.begin(net.method.init(net.problem))
     for _ in range(n):
@@ -78,7 +78,7 @@ def rounds(net: LocalNetwork, n: int, cohort: int = 5) -> dict[str, Tensor]:
     return state
 
 
-def traffic(net: LocalNetwork) -> tuple[int, int]:
+def traffic(net: Simulation) -> tuple[int, int]:
     """Bytes down and up so far."""
     return net.clock.down, net.clock.up
 

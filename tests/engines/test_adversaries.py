@@ -16,7 +16,7 @@ from hanse.attacks import Attack, Cohort
 from hanse.core.errors import ConfigError
 from hanse.core.messages import Reply
 from hanse.engines.estimate import drive
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods import FedAvg, Method, Scaffold
 from hanse.schedules import Schedule, fedbuff, synchronous
 
@@ -193,7 +193,7 @@ class nothing_but_nan(Attack):
 @pytest.mark.parametrize("schedule", [synchronous(8), fedbuff(buffer=4, cohort=8)])
 def test_what_is_not_finite_is_refused_too(federation: hs.Federation, schedule: Schedule, aggregate: str) -> None:
     rule = FedAvg(aggregate=aggregate)
-    net = LocalNetwork(
+    net = Simulation(
         federation, rule, engine(), hs.codecs.identity(), seed=0, rounds=3, attack=nothing_but_nan(share=0.25), schedule=schedule
     )
     drive(schedule.run(net, rule))
@@ -225,7 +225,7 @@ def test_nobody_forges_what_it_does_not_send(federation: hs.Federation) -> None:
     """In rounds of miners alone FedAMD's v has no senders, and stays as it is."""
     states: list[Tensor] = []
 
-    def follow(net: LocalNetwork) -> None:
+    def follow(net: Simulation) -> None:
         commit = net.on_commit
         net.on_commit = lambda n: (states.append(n.state["v"]), commit(n))  # type: ignore[assignment]
 
@@ -236,7 +236,7 @@ def test_nobody_forges_what_it_does_not_send(federation: hs.Federation) -> None:
 def test_who_is_refused_counts_as_zeros_under_differential_privacy(federation: hs.Federation) -> None:
     noise = hs.privacy.differential(clip=0.5, noise=1e-6, delta=1e-2)
     rule = FedAvg(weights="uniform")
-    net = LocalNetwork(
+    net = Simulation(
         federation,
         rule,
         engine(),

@@ -13,7 +13,7 @@ from small_runs import stop_after
 import hanse as hs
 from hanse.codecs import Codec
 from hanse.core.errors import ConfigError
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 
 ENGINE = hs.engines.local(path="stacked", chunk=3, workers=1, threads=1)
 FEEDBACK = "feedback(topk(0.05) | sign)"
@@ -77,7 +77,7 @@ def test_clients_start_from_what_the_codec_left_of_the_model(ragged: hs.Federati
     """And the bytes down are those of the encoded model, whoever gets it."""
     down = Codec.parse(text)
     how = {"seed": 0, "rounds": 9}
-    net = LocalNetwork(
+    net = Simulation(
         ragged, hs.methods.FedAvg(), hs.engines.local(path="loop", chunk=4, workers=1, threads=1), hs.codecs.identity(), down, **how
     )
     state, _ = net.begin(net.method.init(net.problem))
@@ -133,10 +133,10 @@ def test_a_resumed_run_draws_the_way_down_anew_after_a_round_of_nobody(tmp_path:
     whole = hs.run(fed, hs.methods.FedAvg(lr=0.2), hs.schedules.synchronous(1), **how)
     for stop in (1, 2, 3):
 
-        def started(net: LocalNetwork, stop: int = stop) -> None:
+        def started(net: Simulation, stop: int = stop) -> None:
             before = net.on_commit
 
-            def committed(net: LocalNetwork) -> None:
+            def committed(net: Simulation) -> None:
                 net.stopping = net.round == stop
                 before(net)
 

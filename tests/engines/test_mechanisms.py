@@ -16,8 +16,8 @@ from torch import Tensor
 import hanse as hs
 from hanse.core.errors import HanseError, PrivacyError
 from hanse.core.messages import Reply, Tensors
-from hanse.engines.local import LocalNetwork
 from hanse.engines.mechanisms import INTEGERS
+from hanse.engines.simulation import Simulation
 from hanse.privacy import differential, secure
 from hanse.privacy.protocol import aggregate
 from hanse.privacy.secure import Fixed
@@ -47,7 +47,7 @@ def model(run: Run) -> Tensor:
 
 def net_of(federation: hs.Federation, *privacy: hs.privacy.Privacy, rule: hs.methods.Method = UNIFORM, **engine: Any) -> Any:
     how = {"path": "loop", "chunk": 4, "workers": 1, "threads": 1, **engine}
-    return LocalNetwork(
+    return Simulation(
         federation,
         rule,
         hs.engines.local(**how),
@@ -296,7 +296,7 @@ def test_a_round_of_nobody_is_released_as_well(even: hs.Federation, rule: hs.met
     class Watch:
         net: Any = None
 
-        def start(self, net: LocalNetwork) -> None:
+        def start(self, net: Simulation) -> None:
             self.net = net
             models.append(net.problem.start)
 
@@ -338,7 +338,7 @@ class Stop:
 
     net: Any
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net = net
 
     def write(self, record: Record) -> None:

@@ -19,7 +19,7 @@ from hanse.core.errors import CheckpointError
 from hanse.core.messages import Reply, Tensors
 from hanse.core.wire import wire_size
 from hanse.engines.execution import Executor, Lane, Orders
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.fleet.clock import Events, Jobs
 from hanse.track.folder import Folder
 
@@ -37,19 +37,19 @@ def uneven() -> hs.Federation:
     return unequal()
 
 
-def started(federation: hs.Federation, rule: hs.methods.Method | None = None, *rest: Any, **engine: Any) -> LocalNetwork:
+def started(federation: hs.Federation, rule: hs.methods.Method | None = None, *rest: Any, **engine: Any) -> Simulation:
     """A network whose conversation has begun."""
     net = network(federation, rule, *rest, **engine)
     net.begin(net.method.init(net.problem))
     return net
 
 
-def send(net: LocalNetwork, *clients: int, patience: float = math.inf) -> None:
+def send(net: Simulation, *clients: int, patience: float = math.inf) -> None:
     """Have clients train from the current model."""
     net.send(torch.tensor(clients), "train", net.method.message(net.state), patience=patience)
 
 
-def wait(net: LocalNetwork, replies: int = 1, until: float = math.inf) -> Events:
+def wait(net: Simulation, replies: int = 1, until: float = math.inf) -> Events:
     return at_once(net.wait(replies, until))
 
 
@@ -58,12 +58,12 @@ def jobs_of(jobs: Jobs, *clients: int) -> Jobs:
     return found
 
 
-def collect(net: LocalNetwork, *clients: int, **how: Any) -> Reply:
+def collect(net: Simulation, *clients: int, **how: Any) -> Reply:
     """Take the replies of some clients."""
     return net.collect(jobs_of(net.arrived, *clients), **how)
 
 
-def step(net: LocalNetwork, reply: Reply | None = None) -> None:
+def step(net: Simulation, reply: Reply | None = None) -> None:
     """Commit a round, in which the model moves if there is a reply."""
     at_once(net.commit(net.state if reply is None else net.method.step(net.state, reply, net.round)))
 
@@ -399,7 +399,7 @@ def test_replies_pass_through_the_codec(uneven: hs.Federation) -> None:
 # ---- saving
 
 
-def in_flight(rule: hs.methods.Method, codec: hs.codecs.Codec, **engine: Any) -> LocalNetwork:
+def in_flight(rule: hs.methods.Method, codec: hs.codecs.Codec, **engine: Any) -> Simulation:
     """A network with work of three versions: under way and not executed, executed, arrived, and given up."""
     net = started(unequal(loss=f"listed({(0,) * (CLIENTS - 1) + (1,)})"), rule, codec, path="stacked", chunk=3, **engine)
     send(net, 0, 8, 9, 10, 11)
@@ -413,7 +413,7 @@ def in_flight(rule: hs.methods.Method, codec: hs.codecs.Codec, **engine: Any) ->
     return net
 
 
-def finish(net: LocalNetwork) -> tuple[Tensors, list[Any]]:
+def finish(net: Simulation) -> tuple[Tensors, list[Any]]:
     """The rest: everything that comes is collected, in twos."""
     seen: list[Any] = []
     while len(net.out) or len(net.arrived):
@@ -460,7 +460,7 @@ def test_a_resumed_run_sends_the_same_message_again(uneven: hs.Federation, execu
 DAMAGE: dict[str, Callable[[str], bool]] = {
     "a message": lambda n: n.startswith("pending.message.0."),
     "a result": lambda n: n.startswith("pending.result.0."),
-    "whose a result is": lambda n: n.startswith("pending.result.0.own.tickets"),
+    "whose a result is": lambda n: n.startswith("pending.result.0.job.tickets"),
     "the number of messages": lambda n: n == "pending.next",
     "the jobs": lambda n: n == "clock.out",
 }

@@ -14,7 +14,7 @@ import hanse as hs
 from hanse.core.context import Context
 from hanse.core.gradients import GradientPath
 from hanse.core.samples import Batch
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.track.run import Record
 
 
@@ -45,9 +45,9 @@ class Watcher:
     """Notes down every committed round; round -1 is the last one."""
 
     rounds: list[Round] = field(default_factory=list)
-    net: LocalNetwork | None = None
+    net: Simulation | None = None
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net = net
         if isinstance(net.federation.task, hs.tasks.quadratics):
             net.paths["vmap"] = Parabola()

@@ -13,7 +13,7 @@ import hanse as hs
 from hanse.core.gradients import Descend, GradientPath
 from hanse.core.optim import sgd
 from hanse.core.samples import Batch
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods import FedAvg, FedSAM
 
 RHO, LR = 0.3, 0.1
@@ -38,7 +38,7 @@ def trained(federation: hs.Federation, rule: FedAvg) -> tuple[Tensor, list[tuple
     """The model after a round with everybody, and every gradient that was computed in it."""
     heard: list[Heard] = []
 
-    def listen(net: LocalNetwork) -> None:
+    def listen(net: Simulation) -> None:
         heard.append(Heard(net.paths["vmap"]))
         net.paths["vmap"] = heard[0]
 

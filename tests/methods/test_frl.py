@@ -23,7 +23,7 @@ from hanse.core.messages import Reply, Upload
 from hanse.core.optim import exponential, sgd
 from hanse.core.problem import Problem
 from hanse.core.wire import wire_size
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods import FRL
 from hanse.methods.base import State
 from hanse.methods.frl import largest, network
@@ -335,7 +335,7 @@ def test_a_run_that_was_stopped_goes_on_as_it_would_have(schedule: str, tmp_path
 class Stop:
     """Ends a run after its second round."""
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net = net
 
     def write(self, record: Record) -> None:

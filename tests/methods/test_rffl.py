@@ -21,7 +21,7 @@ from hanse.core.messages import Reply
 from hanse.core.streams import Streams
 from hanse.core.wire import wire_size
 from hanse.data.task import Dataset
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods import RFFL, FedAvg
 from hanse.methods.base import State
 from hanse.methods.rffl import cosines
@@ -273,9 +273,9 @@ def test_liars_are_removed_and_no_longer_asked() -> None:
 @pytest.mark.parametrize("private", [(), ("2.*",)])
 def test_everyone_is_measured_by_its_own_model(private: tuple[str, ...]) -> None:
     fed = hs.Federation(hs.tasks.digits(8), 5, private=private)
-    found: dict[str, LocalNetwork] = {}
+    found: dict[str, Simulation] = {}
 
-    def start(net: LocalNetwork) -> None:
+    def start(net: Simulation) -> None:
         found["net"] = net
 
     run = hs.run(fed, RFFL(lr=0.3, epochs=1), hs.schedules.synchronous(5), rounds=3, evaluate=0, on_start=start)

@@ -8,7 +8,7 @@ import torch
 from hanse.aggregators.merging import average
 from hanse.core.wire import wire_size
 from hanse.data.tasks import digits, quadratics
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.methods import FedAvg
 from hanse.reproduce import dfedsam, gossip_variance
@@ -40,7 +40,7 @@ def test_what_a_node_computes_and_sends_in_a_round(monkeypatch: pytest.MonkeyPat
 def test_the_hidden_variance_is_that_of_xavier_until_models_are_averaged() -> None:
     found: list[float] = []
 
-    def look(net: LocalNetwork) -> None:
+    def look(net: Simulation) -> None:
         found.append(gossip_variance.hidden_variance(net))
 
     for start in ("same", "own"):

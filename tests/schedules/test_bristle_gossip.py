@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hanse as hs
 from hanse.core.streams import Streams
 from hanse.engines.estimate import estimate
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods import Bristle
 from hanse.schedules.bristle import apportioned, bristle, filled
 from hanse.topologies import Mixing, Topology, complete, consensus_distance, random_neighbours, ring
@@ -192,7 +192,7 @@ def test_integrating_takes_the_time_of_training_and_is_no_update() -> None:
 
 def test_the_estimate_knows_the_bytes_and_the_time() -> None:
     fed, schedule = federation(4, fleet=hs.fleet.devices(job=2.0)), bristle()
-    net = LocalNetwork(fed, Bristle(), ENGINE, hs.codecs.identity(), seed=0, rounds=3, schedule=schedule)
+    net = Simulation(fed, Bristle(), ENGINE, hs.codecs.identity(), seed=0, rounds=3, schedule=schedule)
     run = played(fed, Bristle(), schedule, rounds=3)
     expected = estimate(net, schedule)
     assert expected.up == run.history[-1]["bytes_up"] and expected.virtual == run.history[-1]["seconds"]

@@ -16,7 +16,7 @@ from hanse.core.context import Context
 from hanse.core.messages import Reply, Upload
 from hanse.core.samples import Batch
 from hanse.engines.estimate import drive
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.fleet.clock import Clock, Events
 from hanse.methods.base import State
 
@@ -94,7 +94,7 @@ fleets = st.builds(
 )
 
 
-class Watched(LocalNetwork):
+class Watched(Simulation):
     """A network that fails where a schedule waits for ever without anything happening."""
 
     waits = 0

@@ -16,7 +16,7 @@ import hanse as hs
 from hanse.core.errors import ConfigError
 from hanse.core.messages import Tensors
 from hanse.engines.estimate import drive
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.fleet.population import Population
 from hanse.fleet.traces import Finish
 from hanse.methods import FedAvg, Scaffold
@@ -60,7 +60,7 @@ class Compass(Seen):
         """When, client, local steps."""
         self.groups: list[int] = []
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         super().start(net)
         send = net.send
 
@@ -184,7 +184,7 @@ def test_equal_speeds_are_fedavg_bit_for_bit():
     assert seen.cohorts == [[0], [1], [2], [3], *[[0, 1, 2, 3]] * 5]
     average = Seen()
 
-    def from_there(net: LocalNetwork) -> None:
+    def from_there(net: Simulation) -> None:
         average.start(net)
         net.round, net.state = 5, {"x": seen.models[4]}  # round 5 has drawn its batches under its own number
 
@@ -287,7 +287,7 @@ class Memory:
     def __init__(self) -> None:
         self.snapshots: list[Tensors] = []
 
-    def __call__(self, net: LocalNetwork) -> None:
+    def __call__(self, net: Simulation) -> None:
         net.clock.ended.clear()
         self.snapshots.append({n: t.clone() for n, t in net.snapshot().items()})
 
@@ -315,8 +315,8 @@ def test_a_run_goes_on_identically_from_every_round(case):
     rule, codec, where, schedule = RESUMED[case]
     engine, rounds = hs.engines.local("vmap", 8, 1, 1), 12
 
-    def network(on_commit: Memory) -> LocalNetwork:
-        return LocalNetwork(where, rule, engine, codec, seed=0, rounds=rounds, on_commit=on_commit)
+    def network(on_commit: Memory) -> Simulation:
+        return Simulation(where, rule, engine, codec, seed=0, rounds=rounds, on_commit=on_commit)
 
     whole = Memory()
     drive(schedule.run(network(whole), rule))

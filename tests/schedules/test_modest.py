@@ -15,7 +15,7 @@ import hanse as hs
 from hanse.core.errors import ConfigError, StalledError
 from hanse.core.wire import wire_size
 from hanse.engines import programs
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.fleet.clock import SECOND
 from hanse.methods import FedAdam, FedAvg
 from hanse.schedules import modest, synchronous
@@ -89,7 +89,7 @@ class Played:
         )
         self.said, self.published, self.members = [*heard.said], [*heard.published], dict(heard.members)
 
-    def start_(self, net: LocalNetwork) -> None:
+    def start_(self, net: Simulation) -> None:
         self.net = net
 
     def write(self, record: Any) -> None:
@@ -107,9 +107,9 @@ class Played:
         online = self.federation.fleet.trace.online(self.federation.population, torch.arange(self.federation.clients), time, 0)
         return {int(i) for i in (~online).nonzero()}
 
-    def network(self) -> LocalNetwork:
+    def network(self) -> Simulation:
         """Another one on the same federation."""
-        return LocalNetwork(self.federation, RULE, self.engine, hs.codecs.identity(), seed=0, rounds=100)
+        return Simulation(self.federation, RULE, self.engine, hs.codecs.identity(), seed=0, rounds=100)
 
 
 def order(k: int, clients: int = N) -> list[int]:
@@ -144,7 +144,7 @@ def test_it_equals_synchronous_fedavg_with_the_same_clients() -> None:
         def close(self) -> None:
             pass
 
-        def start(self, net: LocalNetwork) -> None:
+        def start(self, net: Simulation) -> None:
             self.net = net
             net.sample = lambda k: torch.tensor(sorted(order(net.round + 1)[:k]))  # type: ignore[method-assign]
 

@@ -11,7 +11,7 @@ import torch
 import hanse as hs
 from hanse.core.context import Context
 from hanse.core.messages import Reply, Upload
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods.base import State
 from hanse.track.run import Record
 
@@ -54,12 +54,12 @@ def federation() -> hs.Federation:
 class Last:
     """Holds the network, and stops it after a round."""
 
-    net: LocalNetwork
+    net: Simulation
 
     def __init__(self, after: int = 0) -> None:
         self.after = after
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net = net
 
     def write(self, record: Record) -> None:

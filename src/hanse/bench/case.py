@@ -15,7 +15,7 @@ from hanse.bench.workloads import WORKLOADS, Name, federation, raw_rounds
 from hanse.codecs import Codec
 from hanse.engines import local
 from hanse.engines.execution import Lane
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.experiment import run
 from hanse.fleet.clock import Jobs
 from hanse.methods import FedAvg, Method
@@ -46,7 +46,7 @@ class Clock:
         return [(self.times[b] - self.times[a]) * cohort / (m - n) for a, b, n, m in pairs]
 
 
-def one_at_a_time(net: LocalNetwork) -> None:
+def one_at_a_time(net: Simulation) -> None:
     """Have every job executed by itself instead of together with all that are out."""
     together = net._execute
 

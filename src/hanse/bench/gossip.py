@@ -67,7 +67,7 @@ def rows(repeats: int, one: Callable[[list[str]], dict[str, Any]]) -> list[dict[
 
 
 if __name__ == "__main__":
-    from hanse.engines.local import keep_freed_memory
+    from hanse.engines.execution import keep_freed_memory
 
     keep_freed_memory()
     print(json.dumps(measure(**json.loads(sys.argv[1]))))

@@ -65,6 +65,20 @@ def wire_size(tensors: Mapping[str, Tensor], coded: Mapping[str, int] | None = N
     return places[-1][2] if places else len(header)
 
 
+def nested(groups: Mapping[str, Mapping[str, Tensor]]) -> Tensors:
+    """Groups of tensors as one, by names like ``group.name``."""
+    return {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+
+
+def grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensors]:
+    """The groups of ``nested``: by what stands before the first dot of a name, in the order in which they come."""
+    found: dict[str, Tensors] = {}
+    for name, t in tensors.items():
+        group, _, rest = name.partition(".")
+        found.setdefault(group, {})[rest] = t
+    return found
+
+
 def write(memory: Tensor, tensors: Mapping[str, Tensor], about: About | None = None) -> int:
     """Lay ``tensors`` out in ``memory`` (uint8, at least ``wire_size`` long); the bytes used."""
     header, places = _laid_out(_spec(tensors), tuple((about or {}).items()))

@@ -2,5 +2,6 @@
 
 from hanse.engines.base import Engine
 from hanse.engines.local import local
+from hanse.engines.processes import processes
 
-__all__ = ["Engine", "local"]
+__all__ = ["Engine", "local", "processes"]

@@ -20,7 +20,7 @@ from hanse.engines.base import Arrangement
 
 if TYPE_CHECKING:
     from hanse.engines.execution import Orders
-    from hanse.engines.local import LocalNetwork
+    from hanse.engines.simulation import Simulation
 
 BATCH_BYTES = 4 << 20
 """Weights of one batch of clients should stay within a core's share of the cache."""
@@ -35,7 +35,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
+def candidates(net: Simulation, cohort: Tensor) -> list[Arrangement]:
     """What is worth timing.
 
     Batches are sized by cache, never more: rows of models that do not fit cost memory and win nothing. The exception is a single
@@ -57,6 +57,8 @@ def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
         chunks = {1} if path == "loop" else {fitting}
         if rowless and gradient.descend is not None:
             chunks |= {size, -(-size // cores)}
+        if engine.workers is not None and path != "loop":  # so that none of them has nothing to do
+            chunks |= {min(fitting, -(-size // engine.workers))}
         for chunk in sorted(chunks):
             found.append(Arrangement(path, chunk, 1, 1 if size >= cores else cores))
             if chunk < size:
@@ -64,7 +66,7 @@ def candidates(net: LocalNetwork, cohort: Tensor) -> list[Arrangement]:
     return list(dict.fromkeys(Arrangement(**{**a._asdict(), **fixed}) for a in found if a.path == fixed.get("path", a.path)))
 
 
-def fastest(net: LocalNetwork, orders: Orders) -> Arrangement:
+def fastest(net: Simulation, orders: Orders) -> Arrangement:
     """The arrangement remembered for this work on this machine, or the fastest one, by timing each on some of the clients."""
     memory, options = _Memory(net, len(orders)), candidates(net, orders.clients)
     known = memory.read()
@@ -80,7 +82,7 @@ def fastest(net: LocalNetwork, orders: Orders) -> Arrangement:
 class _Trial:
     """Seconds per client of an arrangement, on some of the clients; candidates that are hopeless are given up early."""
 
-    def __init__(self, net: LocalNetwork, orders: Orders) -> None:
+    def __init__(self, net: Simulation, orders: Orders) -> None:
         self.net, self.orders = net, orders
         self.best = float("inf")
 
@@ -107,7 +109,7 @@ class _Trial:
 class _Memory:
     """Choices of earlier runs, one small file per kind of work, in the user's cache folder."""
 
-    def __init__(self, net: LocalNetwork, cohort: int) -> None:
+    def __init__(self, net: Simulation, cohort: int) -> None:
         what = [
             type(net.method).__name__,
             str(net.plan),
@@ -130,8 +132,8 @@ class _Memory:
 
     def read(self) -> Arrangement | None:
         try:
-            path, chunk, workers, threads = json.loads(self.file.read_text())
-            return Arrangement(str(path), int(chunk), int(workers), int(threads))
+            path, *numbers = json.loads(self.file.read_text())
+            return Arrangement(str(path), *map(int, numbers))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -16,7 +16,7 @@ from hanse.core.messages import Reply, Tensors, Upload
 from hanse.engines.arrangement import candidates
 from hanse.engines.base import Arrangement
 from hanse.engines.execution import Batch, Lane, Orders
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.methods.base import State
 from hanse.schedules.network import Schedule
 
@@ -34,7 +34,7 @@ class Estimate:
     memory: int
 
 
-def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
+def estimate(net: Simulation, schedule: Schedule) -> Estimate:
     """Costs of the run that ``net`` is about to make; its state is left alone."""
     probes = net.streams.sample("probe", net.clients, min(2, net.clients), 0)
     stage = Rehearsal(net, *_bytes(net, probes))
@@ -66,7 +66,7 @@ def estimate(net: LocalNetwork, schedule: Schedule) -> Estimate:
 class Still:
     """A rule that sends what ``of`` sends and never moves."""
 
-    def __init__(self, net: LocalNetwork) -> None:
+    def __init__(self, net: Simulation) -> None:
         self.of, self.opens, self.robust, self.start = net.method, net.method.opens, False, net.method.init(net.problem)
 
     def init(self, problem: object) -> State:
@@ -88,12 +88,12 @@ class Still:
         return state
 
 
-class Rehearsal(LocalNetwork):
+class Rehearsal(Simulation):
     """The network of ``net`` in which nobody works: every reply has ``size`` bytes and nothing in it, and ``whole`` bytes more for
     a client that may send all entries, where the server allots shares.
     """
 
-    def __init__(self, net: LocalNetwork, size: int, whole: int = 0) -> None:
+    def __init__(self, net: Simulation, size: int, whole: int = 0) -> None:
         super().__init__(
             net.federation,
             net.method,
@@ -132,20 +132,20 @@ def drive(conversation: Coroutine[Any, Any, None]) -> None:
     raise HanseError("the schedule waits for something that this engine never sends")
 
 
-def probe_arrangement(net: LocalNetwork, cohort: Tensor) -> Arrangement:
+def probe_arrangement(net: Simulation, cohort: Tensor) -> Arrangement:
     """A likely arrangement, before anything has been timed: batched where the model can be stacked, else one client a core."""
     options = candidates(net, cohort)
     stacked = [o for o in options if o.path == "stacked"]
     return stacked[0] if stacked else max(options, key=lambda o: (o.path == "loop", o.workers))
 
 
-def _orders(net: LocalNetwork, clients: Tensor) -> Orders:
+def _orders(net: Simulation, clients: Tensor) -> Orders:
     zeros, steps = torch.zeros_like(clients), net.plan.lengths(net.samples.counts(clients))
     message = net.method.message(net.method.init(net.problem))
     return Orders("train", [message], zeros, clients, zeros, zeros, steps, zeros)
 
 
-def _bytes(net: LocalNetwork, clients: Tensor) -> tuple[int, int]:
+def _bytes(net: Simulation, clients: Tensor) -> tuple[int, int]:
     """Mean bytes of a reply, and how many more they are with a whole share than without any, where shares are allotted."""
 
     def mean(share: float | None) -> int:
@@ -159,7 +159,7 @@ def _bytes(net: LocalNetwork, clients: Tensor) -> tuple[int, int]:
     return 2 * half - all_of_it, 2 * (all_of_it - half)
 
 
-def _seconds(net: LocalNetwork, clients: Tensor, how: Arrangement) -> float:
+def _seconds(net: Simulation, clients: Tensor, how: Arrangement) -> float:
     best, orders = math.inf, _orders(net, clients)
     for _ in range(3):
         began = time.perf_counter()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from hanse.core.problem import Problem
 from hanse.core.samples import Samples
 from hanse.core.state import ClientState
 from hanse.core.streams import Streams
-from hanse.core.wire import wire_size
+from hanse.core.wire import grouped, nested, wire_size
 from hanse.engines.adversaries import Adversaries
 from hanse.engines.base import Arrangement
 from hanse.engines.mechanisms import Mechanisms
@@ -58,13 +61,34 @@ class Orders:
     def __len__(self) -> int:
         return len(self.clients)
 
+    def columns(self) -> Tensors:
+        """What there is of every client, by name."""
+        names = ("tickets", "clients", "rounds", "versions", "steps", "which", "share")
+        return {n: t for n in names if (t := getattr(self, n)) is not None}
+
     def take(self, which: Tensor | slice) -> Orders:
         """The orders of some of the clients."""
-        tickets, clients, rounds, versions, steps, place = (
-            t[which] for t in (self.tickets, self.clients, self.rounds, self.versions, self.steps, self.which)
-        )
-        share = None if self.share is None else self.share[which]
-        return Orders(self.work, self.messages, tickets, clients, rounds, versions, steps, place, share, self.own)
+        some: dict[str, Any] = {n: t[which] for n, t in self.columns().items()}
+        return replace(self, **some)
+
+    def deal(self, how: Arrangement) -> list[list[Orders]]:
+        """Batches, dealt out to those who work at a time: every n-th batch to each, or, with shards, each its own clients'.
+
+        Some of the shards may have nothing to do.
+        """
+        steps, orders = self.steps.numpy(), self
+        if len(steps) and steps.min() < steps.max():  # those still at work must always be the first ones
+            orders = self.take(torch.from_numpy((-steps).argsort(kind="stable")))
+        if how.shards > 1:
+            whose = orders.clients % how.shards
+            return [orders.take(whose == shard).cut(how.chunk) for shard in range(how.shards)]
+        batches = orders.cut(how.chunk)
+        workers = min(how.workers, len(batches))
+        return [batches[i::workers] for i in range(workers)]
+
+    def cut(self, chunk: int) -> list[Orders]:
+        """Batches of up to ``chunk`` clients."""
+        return [self] if 0 < len(self) <= chunk else [self.take(slice(i, i + chunk)) for i in range(0, len(self), chunk)]
 
 
 @dataclass
@@ -80,6 +104,33 @@ class Batch:
     """Whether the clients have written down what they want to keep, bool ``[C]``."""
     refused: Tensor | None = None
     """Whether the server does without what they sent, bool ``[C]``; it then weighs nothing. None: nobody is refused."""
+
+    def named(self) -> Tensors:
+        """All of it as named tensors, from which ``of`` makes it again."""
+        own = {"versions": self.versions, "bytes": self.bytes_up, "tickets": self.tickets, "written": self.written}
+        own |= {} if self.refused is None else {"refused": self.refused}
+        return named(self.upload) | nested({"kept": self.kept, "job": own})
+
+    @classmethod
+    def of(cls, tensors: Tensors, device: torch.device) -> Batch:
+        """A batch of what ``named`` made of one; raises ``KeyError`` where something is missing."""
+        groups = grouped(tensors)
+        job, kept = groups["job"], {n: t.to(device) for n, t in groups.get("kept", {}).items()}
+        return cls(
+            job["tickets"], job["versions"], upload_of(groups, device), job["bytes"], kept, job["written"], job.get("refused")
+        )
+
+
+def named(upload: Upload) -> Tensors:
+    """An upload as named tensors."""
+    own = {"clients": upload.clients, "weight": upload.weight, "loss": upload.loss}
+    return nested({"sums": upload.sums, "rows": upload.rows, "senders": upload.senders, "own": own})
+
+
+def upload_of(groups: dict[str, Tensors], device: torch.device) -> Upload:
+    """An upload of what ``named`` made of one, grouped."""
+    own, sums, rows, senders = ({n: t.to(device) for n, t in groups.get(g, {}).items()} for g in ("own", "sums", "rows", "senders"))
+    return Upload(groups["own"]["clients"], own["weight"], sums, rows, senders, own["loss"])
 
 
 @dataclass
@@ -100,7 +151,10 @@ class Trained:
 
 
 class Executor:
-    """Runs the client side of ``method``; nothing is remembered, so any work may be repeated."""
+    """Runs the client side of ``method`` in this process; nothing is remembered, so any work may be repeated.
+
+    ``kept`` reads what clients keep; a crew that brings the rows of each batch along has none.
+    """
 
     def __init__(
         self,
@@ -109,7 +163,7 @@ class Executor:
         method: Method,
         codec: Codec,
         streams: Streams,
-        kept: ClientState,
+        kept: ClientState | None,
         paths: dict[str, GradientPath],
         shortcuts: bool,
         privacy: Mechanisms | None = None,
@@ -124,48 +178,51 @@ class Executor:
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
-        """Execute as arranged; ``total`` keeps only the sums over clients of what only sums are needed of.
-
-        Each worker takes every n-th batch and keeps its own sums, so the order of all additions is fixed.
-        """
-        steps = orders.steps.numpy()
-        if len(steps) and steps.min() < steps.max():  # those still at work must always be the first ones
-            orders = orders.take(torch.from_numpy((-steps).argsort(kind="stable")))
+        """See ``Crew``."""
+        lanes = [batches for batches in orders.deal(how) if batches]
         torch.set_num_threads(how.threads)
-        whole = len(orders) <= how.chunk
-        batches = [orders] if whole else [orders.take(slice(i, i + how.chunk)) for i in range(0, len(orders), how.chunk)]
-        workers = min(how.workers, len(batches))
-        shares = [batches[i::workers] for i in range(workers)]
         if self.adversaries is None or orders.own:
-            return self._each(lambda share: self._lane(share, how, total), shares, how)
-        trained = self._each(lambda share: [self._train(orders, how, None) for orders in share], shares, how)
-        work = [one for share in trained for one in share]
-        self.adversaries.forge([one.upload for one in work], [one.orders.rounds for one in work], self.layout_of)
-        return self._each(lambda share: self._sent(share, total), trained, how)
+            return self._each(lambda batches: self.lane(batches, how, total), lanes, how)
+        trained = self._each(lambda batches: [self.train(orders, how) for orders in batches], lanes, how)
+        self.forge(trained)
+        return self._each(lambda batches: self.sent(batches, total), trained, how)
+
+    def close(self) -> None:
+        """The threads end."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
 
     def _each(self, work: Callable[[S], T], shares: list[S], how: Arrangement) -> list[T]:
         """``work`` on the share of every worker, all at a time."""
-        if len(shares) == 1:
-            return [work(shares[0])]
+        if len(shares) == 1 or how.workers == 1:
+            return [work(share) for share in shares]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(how.workers, initializer=torch.set_num_threads, initargs=(how.threads,))
         return list(self._pool.map(work, shares))
 
-    def _lane(self, batches: list[Orders], how: Arrangement, total: bool) -> Lane:
-        """One worker's batches of clients: train and send, one batch after the other."""
+    def lane(self, batches: list[Orders], how: Arrangement, total: bool, kept: Tensors | None = None) -> Lane:
+        """One worker's batches of clients: train and send, one batch after the other. ``kept``: rows of what they keep."""
         lane = Lane()
-        for orders in batches:
-            self._send(self._train(orders, how, lane.sums if total and self.shortcuts else None), lane, total)
+        for orders, rows in with_kept(batches, kept):
+            self._send(self.train(orders, how, rows, lane.sums if total and self.shortcuts else None), lane, total)
         return lane
 
-    def _sent(self, batches: list[Trained], total: bool) -> Lane:
+    def forge(self, lanes: list[list[Trained]]) -> None:
+        """Have liars replace what they send, knowing what everybody else does; nothing where nobody lies."""
+        work = [one for lane in lanes for one in lane]
+        if self.adversaries is not None:
+            self.adversaries.forge([one.upload for one in work], [one.orders.rounds for one in work], self.layout_of)
+
+    def sent(self, batches: list[Trained], total: bool) -> Lane:
         """One worker's batches that have been trained, sent."""
         lane = Lane()
         for trained in batches:
             self._send(trained, lane, total)
         return lane
 
-    def _train(self, orders: Orders, how: Arrangement, totals: Tensors | None) -> Trained:
+    def train(self, orders: Orders, how: Arrangement, kept: Tensors | None = None, totals: Tensors | None = None) -> Trained:
+        """One batch's work; with ``totals`` added to these where that is possible. ``kept``: rows of what the clients keep."""
         message, mixed = _message(orders)
         ctx = Context(
             problem=self.problem,
@@ -177,7 +234,7 @@ class Executor:
             steps=orders.steps,
             message=message,
             mixed=mixed,
-            state=self.kept.read(orders.clients) if self.kept.widths else {},
+            state=self.what_is_kept(orders.clients) if kept is None else kept,
             plan=self.plan,
             lr=self._rate(orders.versions),
             local=self.method.local,
@@ -187,6 +244,10 @@ class Executor:
         )
         upload: Upload = getattr(self.method, orders.work)(ctx)
         return Trained(orders, upload, ctx.state)
+
+    def what_is_kept(self, clients: Tensor) -> Tensors:
+        """What ``clients`` keep, a row each."""
+        return self.kept.read(clients) if self.kept is not None and self.kept.widths else {}
 
     def _send(self, trained: Trained, lane: Lane, total: bool) -> None:
         """Encode, and add up what only sums are needed of."""
@@ -244,6 +305,15 @@ def _message(orders: Orders) -> tuple[Tensors, bool]:
     return {name: torch.stack([message[name] for message in each]) for name in each[0]}, True
 
 
+def with_kept(batches: list[Orders], kept: Tensors | None) -> Iterator[tuple[Orders, Tensors | None]]:
+    """Each batch with a copy of its rows of ``kept``; what clients keep is theirs to write in."""
+    begin = 0
+    for orders in batches:
+        end = begin + len(orders)
+        yield orders, None if kept is None else {name: rows[begin:end].clone() for name, rows in kept.items()}
+        begin = end
+
+
 def add(sums: Tensors, name: str, weight: Tensor, values: Tensor) -> None:
     """``sums[name] += sum_i weight_i values_i``."""
     known = sums.get(name)
@@ -251,12 +321,14 @@ def add(sums: Tensors, name: str, weight: Tensor, values: Tensor) -> None:
 
 
 def joined(sums: Sequence[Tensors]) -> Tensors:
-    """The sums of all workers added up, in the memory of the first."""
-    first = sums[0] if sums else {}
-    for other in sums[1:]:
-        for name, total in other.items():
-            first[name].add_(total)
-    return first
+    """The sums of all workers added up in their memory: neighbours first, then pairs of pairs, so that it may be done in a tree."""
+    while len(sums) > 1:
+        sums = [_joined_two(*sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    return sums[0] if sums else {}
+
+
+def _joined_two(one: Tensors, other: Tensors | None = None) -> Tensors:
+    return one if other is None else {name: total.add_(other[name]) for name, total in one.items()}
 
 
 def side_by_side(parts: list[Tensor], empty: Tensor) -> Tensor:
@@ -328,3 +400,18 @@ def _sizes(lengths: Tensors, size: Callable[[dict[str, int]], int], clients: int
     each = list(zip(*(length.tolist() for length in lengths.values()), strict=True))
     known = {kind: size({n: v for n, v in zip(lengths, kind, strict=True) if v >= 0}) for kind in dict.fromkeys(each)}
     return torch.tensor([known[kind] for kind in each])
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next round.
+
+    By default it returns each to the system at once, which then clears and maps every page again: for vectors of megabytes that
+    takes longer than the arithmetic on them.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            trim_threshold, mmap_max = -1, -4
+            libc.mallopt(trim_threshold, 1 << 30)
+            libc.mallopt(mmap_max, 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hanse.core.errors import CheckpointError
 from hanse.core.messages import Reply, Tensors, Upload
 from hanse.core.state import ClientState
+from hanse.core.wire import grouped, nested
 from hanse.engines.execution import Batch, Lane, add, joined, side_by_side
 from hanse.fleet.clock import Clock, among
 
@@ -179,13 +180,7 @@ class Pending:
         """Named tensors from which ``restore`` brings everything back."""
         saved = {f"message.{i}.{m.work}.{n}": t for i, m in self.messages.items() for n, t in m.tensors.items()}
         for i, r in enumerate(self.results):
-            upload, at = r.batch.upload, f"result.{i}"
-            groups = {"sums": upload.sums, "rows": upload.rows, "senders": upload.senders, "kept": r.batch.kept}
-            saved |= {f"{at}.{group}.{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
-            own = {"clients": upload.clients, "weight": upload.weight, "loss": upload.loss}
-            own |= {"versions": r.batch.versions, "bytes": r.batch.bytes_up, "tickets": r.batch.tickets, "written": r.batch.written}
-            own |= {} if r.batch.refused is None else {"refused": r.batch.refused}
-            saved |= {f"{at}.own.{n}": t for n, t in own.items()} | {f"{at}.own.lane": torch.tensor([r.lane])}
+            saved |= nested({f"result.{i}": r.batch.named() | {"lane": torch.tensor([r.lane])}})
         return {**saved, "next": torch.tensor([self._next])}
 
     def restore(self, saved: Tensors, clock: Clock, device: torch.device) -> None:
@@ -199,23 +194,12 @@ class Pending:
 
     def _restore(self, saved: Tensors, device: torch.device) -> None:
         self.messages, self.results, self._next = {}, [], int(saved["next"])
-        results: dict[int, dict[str, Tensors]] = {}
-        for name, t in saved.items():
-            kind, _, rest = name.partition(".")
-            number, _, rest = rest.partition(".")
-            group, _, leaf = rest.partition(".")
-            if kind == "message":
-                message = self.messages.setdefault(int(number), Message(group, {}))
-                message.tensors[leaf] = t.to(device)
-            elif kind == "result":
-                results.setdefault(int(number), {}).setdefault(group, {})[leaf] = t
-        for _, groups in sorted(results.items()):
-            own = groups["own"]
-            names = "sums", "rows", "senders", "kept"
-            sums, rows, senders, kept = ({n: t.to(device) for n, t in groups.get(g, {}).items()} for g in names)
-            upload = Upload(own["clients"], own["weight"].to(device), sums, rows, senders, own["loss"].to(device))
-            batch = Batch(own["tickets"], own["versions"], upload, own["bytes"], kept, own["written"], own.get("refused"))
-            self.results.append(Result(int(own["lane"]), batch))
+        groups = grouped(saved)
+        for number, tensors in grouped(groups.get("message", {})).items():
+            for work, named in grouped(tensors).items():
+                self.messages[int(number)] = Message(work, {n: t.to(device) for n, t in named.items()})
+        for _, tensors in sorted(grouped(groups.get("result", {})).items(), key=lambda item: int(item[0])):
+            self.results.append(Result(int(tensors.pop("lane")), Batch.of(tensors, device)))
 
 
 def _equal(known: Tensor | None, t: Tensor) -> bool:

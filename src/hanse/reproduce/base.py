@@ -18,7 +18,8 @@ from hanse.codecs.base import Codec
 from hanse.core.errors import CheckpointError, DivergedError
 from hanse.data.partition import Partition, natural
 from hanse.data.tasks import digits, quadratics
-from hanse.engines.local import LocalNetwork, local
+from hanse.engines.local import local
+from hanse.engines.simulation import Simulation
 from hanse.experiment import run
 from hanse.federation import Federation
 from hanse.fleet.profiles import Fleet
@@ -150,11 +151,11 @@ class Scored(NamedTuple):
 class _Listener:
     """A writer that shows the network to ``look`` after every round."""
 
-    def __init__(self, look: Callable[[LocalNetwork], None]) -> None:
+    def __init__(self, look: Callable[[Simulation], None]) -> None:
         self.look = look
-        self.net: LocalNetwork | None = None
+        self.net: Simulation | None = None
 
-    def start(self, net: LocalNetwork) -> None:
+    def start(self, net: Simulation) -> None:
         self.net = net
 
     def write(self, record: Record) -> None:
@@ -165,12 +166,12 @@ class _Listener:
         pass
 
 
-def train_loss(net: LocalNetwork) -> float:
+def train_loss(net: Simulation) -> float:
     """Mean loss of the global model over the training samples of all clients."""
     return net.problem.evaluate(net.state["x"], net.problem.start_buffers, net.samples.x, net.samples.y)["loss"]
 
 
-def test_accuracy(net: LocalNetwork) -> float:
+def test_accuracy(net: Simulation) -> float:
     """Accuracy of the global model on the test set."""
     split = net.federation.split
     return net.problem.evaluate(net.state["x"], net.problem.start_buffers, split.test_x, split.test_y)["accuracy"]
@@ -185,7 +186,7 @@ def watch(
     federation: Federation,
     rule: Method,
     schedule: Schedule,
-    look: Callable[[LocalNetwork], None],
+    look: Callable[[Simulation], None],
     rounds: int,
     seconds: float | None = None,
     chunk: int = 20,
@@ -215,7 +216,7 @@ def follow(
     federation: Federation,
     rule: Method,
     schedule: Schedule,
-    score: Callable[[LocalNetwork], float],
+    score: Callable[[Simulation], float],
     rounds: int,
     seconds: float | None = None,
     every: int = 1,
@@ -224,7 +225,7 @@ def follow(
     """``score`` after every ``every`` rounds of a run of ``rounds`` rounds or ``seconds`` virtual seconds."""
     found: list[tuple[float, float, float]] = []
 
-    def look(net: LocalNetwork) -> None:
+    def look(net: Simulation) -> None:
         if net.round % every == 0:
             found.append((net.now, float(net.updates), score(net)))
 
@@ -241,7 +242,7 @@ def models(federation: Federation, rule: Method, schedule: Schedule, rounds: int
 
 
 def scores(
-    federations: Sequence[Federation], rule: Method, cohort: int, rounds: int, score: Callable[[LocalNetwork], float]
+    federations: Sequence[Federation], rule: Method, cohort: int, rounds: int, score: Callable[[Simulation], float]
 ) -> Tensor:
     """``score`` after every synchronous round, float64 ``[federations, rounds]``; NaN from where a run diverged."""
     found = torch.full((len(federations), rounds), torch.nan, dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hanse.codecs.base import Codec
 from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.fleet.distributions import lognormal, uniform
 from hanse.fleet.profiles import devices
@@ -66,7 +66,7 @@ def course(rule: type[FedAvg], codec: str) -> Course:
     """All seeds of one rule through one codec."""
     found: list[tuple[float, float, float]] = []
 
-    def look(net: LocalNetwork) -> None:
+    def look(net: Simulation) -> None:
         found.append((net.now, float(net.clock.up), test_accuracy(net)))
 
     for seed in SEEDS:

@@ -11,7 +11,7 @@ from hanse.core.optim import sgd
 from hanse.core.streams import Streams
 from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.experiment import evaluate
 from hanse.federation import Federation
 from hanse.methods.fedavg import FedAvg
@@ -66,7 +66,7 @@ class Curves(NamedTuple):
     """Computed by a node in a round."""
 
 
-def rise(net: LocalNetwork) -> float:
+def rise(net: Simulation) -> float:
     """``F(x + r u) - F(x)`` of the mean model x and r = RADIUS, mean over random directions u of length 1 and their opposites."""
     x, samples = net.model, net.samples
     u = Streams(0).normal("directions", torch.arange(DIRECTIONS), n=len(x)).to(x)
@@ -84,7 +84,7 @@ def curves(name: str, rate: float, federations: list[Federation]) -> Curves:
     local, schedule = rule(name, rate), gossip(mixes=EXCHANGES[name])
     for i, federation in enumerate(federations):
 
-        def look(net: LocalNetwork, i: int = i) -> None:
+        def look(net: Simulation, i: int = i) -> None:
             metrics = evaluate(net)
             found[:, i, net.round - 1] = torch.tensor([metrics[n] for n in ("accuracy", "node_accuracy", "consensus")])
             if net.finished:

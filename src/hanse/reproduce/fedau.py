@@ -11,7 +11,7 @@ from hanse.core.optim import cosine
 from hanse.core.streams import Streams
 from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.fleet.distributions import by_labels, evenly
 from hanse.fleet.participation import bernoulli, cyclic, markov
@@ -86,7 +86,7 @@ def accuracies(name: str, rate: float, pattern: str, seed: int) -> Tensor:
     rare = torch.isin(fed.split.test_y, rarest(fed, pattern))
     on_rare: list[float] = []
 
-    def score(net: LocalNetwork) -> float:
+    def score(net: Simulation) -> float:
         split = net.federation.split
         right = net.problem.scores(net.state["x"], net.problem.start_buffers, split.test_x, split.test_y)["accuracy"].double()
         on_rare.append(float(right[rare].mean()))

@@ -16,7 +16,7 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, gather, natural, shuffled
 from hanse.data.task import Dataset
 from hanse.data.tasks import digits, quadratics
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.fleet.distributions import listed
 from hanse.fleet.profiles import devices
@@ -81,7 +81,7 @@ class Timetable:
         steps = (computed - received) / torch.tensor(step, dtype=torch.float64)[client.long()]
         self.jobs = torch.stack([client, sent, steps.round()], 1)
 
-    def look(self, net: LocalNetwork) -> None:
+    def look(self, net: Simulation) -> None:
         """Note down what there is after an aggregation."""
         self.groups.append(len(net.notes["number"]))
         self.balance = net.clock.tickets, net.updates, len(net.out) + len(net.arrived)

@@ -14,7 +14,8 @@ from hanse.core.messages import Reply
 from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits, quadratics
 from hanse.engines.estimate import Rehearsal, drive
-from hanse.engines.local import LocalNetwork, local
+from hanse.engines.local import local
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.fleet.profiles import devices
 from hanse.methods.fedasync import FedAsync
@@ -94,7 +95,7 @@ class Ledger(Rehearsal):
 
     def __init__(self, federation: Federation, rounds: int) -> None:
         engine = local(path="vmap", chunk=federation.clients, workers=1, threads=1)
-        super().__init__(LocalNetwork(federation, FedAvg(steps=1), engine, identity(), seed=0, rounds=rounds), 0)
+        super().__init__(Simulation(federation, FedAvg(steps=1), engine, identity(), seed=0, rounds=rounds), 0)
         self.total_rounds = rounds
         self.deliveries, self.counted = torch.zeros(2, federation.clients, dtype=torch.float64)
 
@@ -175,7 +176,7 @@ def course(federations: list[Federation], contender: Contender, rate: float) -> 
     for federation in federations:
         scores: list[tuple[float, int]] = []
 
-        def score(net: LocalNetwork, scores: list[tuple[float, int]] = scores) -> float:
+        def score(net: Simulation, scores: list[tuple[float, int]] = scores) -> float:
             scores.append((test_accuracy(net), net.clock.down + net.clock.up))
             return train_loss(net)
 

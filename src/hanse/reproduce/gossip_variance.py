@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hanse.aggregators.merging import Merge, average, variance_corrected, variances
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.experiment import per_node
 from hanse.federation import Federation
 from hanse.methods.fedavg import FedAvg
@@ -62,7 +62,7 @@ ARMS: dict[str, Schedule] = {
 }
 
 
-def hidden_variance(net: LocalNetwork) -> float:
+def hidden_variance(net: Simulation) -> float:
     """Variance of the weights of a hidden layer, mean over both layers and all nodes."""
     views = net.problem.shared_layout.views(net.state["x"])
     return float(torch.stack([variances(t) for t in views.values() if t.shape[1:] == (WIDTH, WIDTH)]).mean())
@@ -73,7 +73,7 @@ def curves(schedule: Schedule) -> Tensor:
     found = torch.zeros(len(SEEDS), ROUNDS, 2, dtype=torch.float64)
     for row, seed in zip(found, SEEDS, strict=True):
 
-        def look(net: LocalNetwork, row: Tensor = row) -> None:
+        def look(net: Simulation, row: Tensor = row) -> None:
             row[net.round - 1] = torch.tensor([per_node(net)["accuracy"].mean(), hidden_variance(net)])
 
         watch(Federation(TASK, NODES, seed=seed), RULE, schedule, look, ROUNDS, chunk=NODES)

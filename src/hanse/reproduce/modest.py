@@ -14,7 +14,7 @@ from torch import Tensor
 from hanse.core.wire import wire_size
 from hanse.data.partition import dirichlet
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.fleet.participation import joins, leaves
 from hanse.fleet.profiles import devices
@@ -76,13 +76,13 @@ class Course:
         return float(self.accuracy[-LAST:].mean())
 
 
-def accuracy(net: LocalNetwork) -> float:
+def accuracy(net: Simulation) -> float:
     """Of the global model on the test set; among peers that of the mean of all."""
     split = net.federation.split
     return net.problem.evaluate(net.model, net.problem.start_buffers, split.test_x, split.test_y)["accuracy"]
 
 
-def transfers(net: LocalNetwork) -> int:
+def transfers(net: Simulation) -> int:
     """Models sent so far, either way."""
     if net.letters:
         return sum(net.letters.get(kind, [0])[0] for kind in MODELS)
@@ -92,9 +92,9 @@ def transfers(net: LocalNetwork) -> int:
 def course(where: Federation, rule: FedAvg, schedule: Schedule, rounds: int) -> Course:
     """Run it."""
     rows: list[tuple[float, ...]] = []
-    nets: list[LocalNetwork] = []
+    nets: list[Simulation] = []
 
-    def look(net: LocalNetwork) -> None:
+    def look(net: Simulation) -> None:
         rows.append((accuracy(net), transfers(net), net.clock.up + net.clock.down, net.now))
         nets[:] = [net]
 

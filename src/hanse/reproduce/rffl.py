@@ -15,7 +15,8 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, shuffled
 from hanse.data.task import Dataset
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork, local
+from hanse.engines.local import local
+from hanse.engines.simulation import Simulation
 from hanse.experiment import per_node, run
 from hanse.federation import Federation
 from hanse.methods.base import State
@@ -92,9 +93,9 @@ class Outcome(NamedTuple):
         return bool((self.r.diff() > 0).all())
 
 
-def play(federation: Federation, rule: RFFL, attack: Attack | None) -> LocalNetwork:
+def play(federation: Federation, rule: RFFL, attack: Attack | None) -> Simulation:
     """The network of a run after its last round."""
-    nets: list[LocalNetwork] = []
+    nets: list[Simulation] = []
     everyone = federation.clients
     engine = local(path="stacked", chunk=everyone, workers=1, threads=1)
     how = {"rounds": ROUNDS, "evaluate": 0, "engine": engine}
@@ -102,7 +103,7 @@ def play(federation: Federation, rule: RFFL, attack: Attack | None) -> LocalNetw
     return nets[0]
 
 
-def outcome(net: LocalNetwork, alone: Tensor) -> Outcome:
+def outcome(net: Simulation, alone: Tensor) -> Outcome:
     """What came out, given the accuracies alone."""
     assert net.adversaries is not None
     lies, active = net.adversaries.liars, net.state["active"]

@@ -14,7 +14,7 @@ from hanse.core.streams import Streams
 from hanse.data.partition import Partition, gather
 from hanse.data.task import Dataset
 from hanse.data.tasks import digits
-from hanse.engines.local import LocalNetwork
+from hanse.engines.simulation import Simulation
 from hanse.federation import Federation
 from hanse.methods.base import Method
 from hanse.methods.stale_inversion import FirstOrder, StaleInversion, local_update
@@ -115,7 +115,7 @@ def course(federation: Federation, rule: Method, schedule: Schedule) -> Course:
     split, models, every = federation.split, list[Tensor](), list[float]()
     mine = split.test_y == LABEL
 
-    def look(net: LocalNetwork) -> float:
+    def look(net: Simulation) -> float:
         x, buffers = net.state["x"], net.problem.start_buffers
         models.append(x)
         every.append(net.problem.evaluate(x, buffers, split.test_x, split.test_y)["accuracy"])

@@ -1,0 +1,117 @@
+"""Worker processes: the same bits as in this process, whatever becomes of them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from same_runs import CASES, agree, arranged, expected, federation, going
+
+import hanse as hs
+from hanse.core.context import Context
+from hanse.core.errors import DataError, TransportError
+from hanse.core.messages import Upload
+from hanse.engines.processes import POOL, Processes
+from hanse.engines.simulation import Simulation
+from hanse.transport.blocks import SHARED
+
+
+class Refusing(hs.methods.FedAvg):
+    """A rule whose client 3 has nothing to train on."""
+
+    def train(self, ctx: Context) -> Upload:
+        if bool((ctx.ids == 3).any()):
+            raise DataError("client 3: there are no data")
+        return super().train(ctx)
+
+
+class Fatal(hs.methods.FedAvg):
+    """A rule that ends the process it runs in."""
+
+    def train(self, ctx: Context) -> Upload:
+        os._exit(7)
+
+
+class Wrong(hs.methods.FedAvg):
+    """A rule with a mistake in it."""
+
+    def train(self, ctx: Context) -> Upload:
+        return ctx.nothing  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bits_as_in_this_process(case: str) -> None:
+    agree(going(hs.engines.processes(**arranged(case)), **CASES[case]), expected(case))
+
+
+def test_the_same_bits_with_shards() -> None:
+    case = "books at clients"
+    agree(going(hs.engines.processes(**arranged(case, shards=3)), **CASES[case]), expected(case, shards=3))
+
+
+def test_an_open_arrangement_is_chosen_and_noted() -> None:
+    run = going(hs.engines.processes(workers=2))
+    assert hs.engines.Engine.parse(run.notes["arrangement"]) == hs.engines.processes.parse(run.notes["arrangement"])
+    agree(run, going(hs.engines.Engine.parse(run.notes["arrangement"])))
+
+
+def hands(net: Simulation) -> Processes:
+    return net.crew.hands  # type: ignore[attr-defined, no-any-return]
+
+
+class Meddler:
+    """Does something to the first worker after the first round."""
+
+    def __init__(self, deed: Callable[[Processes], Any]) -> None:
+        self.deed, self.done, self.replaced = deed, False, 0
+
+    def start(self, net: Simulation) -> None:
+        self.net = net
+
+    def write(self, record: Any) -> None:
+        if not self.done:
+            self.done = True
+            self.deed(hands(self.net))
+        self.replaced = hands(self.net).replaced
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_lost_is_replaced_and_its_clients_run_again(what: signal.Signals, caplog: Any) -> None:
+    case = "books at clients"
+    meddler = Meddler(lambda hands: os.kill(hands.workers[0].process.pid or 0, what))
+    engine = hs.engines.processes(**arranged(case), patience=1)
+    agree(going(engine, **CASES[case], writers=[meddler], on_start=meddler.start), expected(case))
+    assert meddler.replaced == 1
+    lost = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lost) == 1 and "another one takes its place" in lost[0].getMessage()
+
+
+def test_what_a_rule_raises_arrives_as_what_it_is() -> None:
+    with pytest.raises(DataError, match="client 3: there are no data"):
+        going(hs.engines.processes(**arranged("a plain mean")), method=Refusing(), schedule=hs.schedules.synchronous(cohort=7))
+    with pytest.raises(RuntimeError, match="has no attribute 'nothing'"):
+        going(hs.engines.processes(**arranged("a plain mean")), method=Wrong())
+    agree(going(hs.engines.processes(**arranged("a plain mean"))), expected("a plain mean"))
+
+
+def test_clients_that_end_every_worker_end_the_run() -> None:
+    with pytest.raises(TransportError, match="3 workers were lost with the same clients"):
+        going(hs.engines.processes(**arranged("a plain mean", workers=1)), method=Fatal())
+
+
+def test_nothing_stays_in_shared_memory() -> None:
+    POOL.close()
+    before = {*SHARED.glob("hanse-*")}
+    run = going(hs.engines.processes(**arranged("books at clients")), **CASES["books at clients"])
+    POOL.close()
+    gc.collect()
+    assert {*SHARED.glob("hanse-*")} == before
+    assert run.weights.keys() == federation().problem.layout.views(federation().problem.start).keys()
