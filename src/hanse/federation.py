@@ -104,7 +104,7 @@ class Federation:
             frozen=self.frozen,
             buffers=self.buffers,
             domains=0 if self.split.train.domains is None else int(self.split.train.domains.max()) + 1,
-            sample=torch.zeros_like(self.split.train.x[:1]),
+            sample=self.split.train.x.new_zeros(1, *self.split.train.x.shape[1:]),
             device=self.device,
             dtype=self.dtype,
         )

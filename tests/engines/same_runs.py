@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import hanse as hs
+from hanse.core.context import Context
+from hanse.core.messages import Upload
 from hanse.engines import Engine
 
 ARRANGED: dict[str, Any] = {"path": "stacked", "chunk": 2, "workers": 2, "threads": 1}
@@ -16,7 +21,8 @@ PHONES = hs.fleet.Fleet.parse("devices(job=evenly(1.0, 0.2), loss=0.1)")
 CASES: dict[str, dict[str, Any]] = {
     "a plain mean": {},
     "one step": {"method": hs.methods.FedAvg(steps=1)},
-    "books at clients": {"method": hs.methods.Scaffold(), "schedule": hs.schedules.fedbuff(buffer=3, cohort=5)},
+    "books": {"method": hs.methods.Scaffold()},
+    "books, without a barrier": {"method": hs.methods.Scaffold(), "schedule": hs.schedules.fedbuff(buffer=3, cohort=5)},
     "feedback": {"codec": hs.codecs.feedback(hs.codecs.topk(0.2) | hs.codecs.uniform(8)), "down": hs.codecs.cast()},
     "an opening": {"method": hs.methods.MIFA()},
     "somebody lies": {"method": hs.methods.FedAvg(aggregate=hs.aggregators.median()), "attack": hs.attacks.sign_flip(share=0.3)},
@@ -29,6 +35,20 @@ CASES: dict[str, dict[str, Any]] = {
     "peers in lockstep": {"schedule": hs.schedules.gossip()},
     "peers' programs": {"schedule": hs.schedules.async_gossip()},
 }
+
+
+class FallsOnce(hs.methods.Scaffold):
+    """A rule whose process is killed in its third round, in the middle of its work, but only once."""
+
+    flag: str
+    """A file that says that it has happened."""
+
+    def train(self, ctx: Context) -> Upload:
+        upload = super().train(ctx)
+        if bool((ctx.rounds == 2).any()) and not Path(self.flag).exists():
+            Path(self.flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return upload
 
 
 @cache
@@ -58,6 +78,6 @@ def expected(case: str, shards: int = 1) -> hs.Run:
 def agree(one: hs.Run, other: hs.Run) -> None:
     """Histories, models and all that a run would go on from are the same bit for bit."""
     assert one.history == other.history
-    assert one.state.keys() == other.state.keys()
-    different = [name for name, t in one.state.items() if not torch.equal(t, other.state[name])]
-    assert different == []
+    assert one.state.keys() == other.state.keys() and one.weights.keys() == other.weights.keys()
+    assert [name for name, t in one.state.items() if not torch.equal(t, other.state[name])] == []
+    assert [name for name, t in one.weights.items() if not torch.equal(t, other.weights[name])] == []

@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from same_runs import CASES, agree, arranged, expected, federation, going
+from same_runs import CASES, FallsOnce, agree, arranged, expected, federation, going
 
 import hanse as hs
 from hanse.core.context import Context
@@ -50,7 +51,7 @@ def test_the_same_bits_as_in_this_process(case: str) -> None:
 
 
 def test_the_same_bits_with_shards() -> None:
-    case = "books at clients"
+    case = "books, without a barrier"
     agree(going(hs.engines.processes(**arranged(case, shards=3)), **CASES[case]), expected(case, shards=3))
 
 
@@ -85,13 +86,20 @@ class Meddler:
 
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_is_lost_is_replaced_and_its_clients_run_again(what: signal.Signals, caplog: Any) -> None:
-    case = "books at clients"
+    case = "books, without a barrier"
     meddler = Meddler(lambda hands: os.kill(hands.workers[0].process.pid or 0, what))
     engine = hs.engines.processes(**arranged(case), patience=1)
     agree(going(engine, **CASES[case], writers=[meddler], on_start=meddler.start), expected(case))
     assert meddler.replaced == 1
     lost = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(lost) == 1 and "another one takes its place" in lost[0].getMessage()
+
+
+def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(tmp_path: Path) -> None:
+    flag = tmp_path / "fallen"
+    run = going(hs.engines.processes(**arranged("books")), method=FallsOnce(flag=str(flag)))
+    assert flag.exists()
+    agree(run, expected("books"))
 
 
 def test_what_a_rule_raises_arrives_as_what_it_is() -> None:
@@ -110,7 +118,7 @@ def test_clients_that_end_every_worker_end_the_run() -> None:
 def test_nothing_stays_in_shared_memory() -> None:
     POOL.close()
     before = {*SHARED.glob("hanse-*")}
-    run = going(hs.engines.processes(**arranged("books at clients")), **CASES["books at clients"])
+    run = going(hs.engines.processes(**arranged("books, without a barrier")), **CASES["books, without a barrier"])
     POOL.close()
     gc.collect()
     assert {*SHARED.glob("hanse-*")} == before

@@ -72,6 +72,14 @@ class Samples:
         """All samples of one client."""
         return self.take(torch.arange(int(self.offsets[client]), int(self.offsets[client + 1])))
 
+    def some(self, clients: Tensor) -> Samples:
+        """Those of the given ``clients``, bool ``[clients]``, alone; the others are there without any."""
+        counts = self.counts()
+        places = clients.repeat_interleave(counts).nonzero().squeeze(1)
+        x, y = self.take(places)
+        ends = torch.where(clients, counts, 0).cumsum(0)
+        return Samples(x, y, torch.cat([ends.new_zeros(1), ends]), None, self.domains)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
         """Copy to a device; floating ``x`` and ``y`` also to ``dtype``."""
         x, y = (t.to(device, dtype if dtype and t.is_floating_point() else t.dtype) for t in (self.x, self.y))

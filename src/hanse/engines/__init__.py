@@ -3,5 +3,6 @@
 from hanse.engines.base import Engine
 from hanse.engines.local import local
 from hanse.engines.processes import processes
+from hanse.engines.ray import ray
 
-__all__ = ["Engine", "local", "processes"]
+__all__ = ["Engine", "local", "processes", "ray"]

@@ -160,6 +160,7 @@ class Executor:
         self,
         problem: Problem,
         samples: Samples,
+        tests: Samples,
         method: Method,
         codec: Codec,
         streams: Streams,
@@ -168,7 +169,6 @@ class Executor:
         shortcuts: bool,
         privacy: Mechanisms | None = None,
         adversaries: Adversaries | None = None,
-        tests: Samples | None = None,
     ) -> None:
         self.problem, self.samples, self.method, self.codec, self.streams = problem, samples, method, codec, streams
         self.kept, self.paths, self.privacy, self.adversaries, self.tests = kept, paths, privacy, adversaries, tests

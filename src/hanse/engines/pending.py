@@ -60,7 +60,7 @@ class Collected(NamedTuple):
             clients=side_by_side([u.clients for u in uploads], none),
             versions=side_by_side([b.versions for b in batches], none),
             weight=side_by_side([u.weight for u in uploads], nothing),
-            sums=joined([lane.sums for lane in self.lanes]),
+            sums=joined([lane.sums for lane in self.lanes if lane.sums]),
             rows={n: side_by_side([u.rows[n] for u in uploads], nothing) for n in rows},
             senders={n: side_by_side([u.senders[n] for u in uploads], none) for n in senders},
             loss=side_by_side([u.loss for u in uploads], nothing),

@@ -13,7 +13,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -55,7 +55,7 @@ class processes(Engine):
 
     def crew(self, executor: Executor, federation: Federation) -> Crew:
         recipe = Recipe.of(executor, federation, self.precision == "bf16")
-        return Remote(executor, Processes(recipe, data_of(executor), self.workers, self.patience))
+        return Remote(executor, Processes(recipe, data_of(executor.samples, executor.tests), self.workers, self.patience))
 
 
 class Worker:
@@ -183,19 +183,19 @@ class Processes:
         write(block.memory, tensors, about)
         return block, size
 
-    def work(self, tensors: Tensors, about: About, kept: Sequence[Tensors]) -> list[Tensors]:
+    def work(self, tensors: Tensors, about: About, kept: Mapping[int, Tensors]) -> list[Tensors]:
         """See ``Hands``."""
-        rows = {str(i): own for i, own in enumerate(kept)}
-        block, size = self._write(nested({"all": tensors, "kept": nested(rows)}), about)
+        rows = nested({str(lane): own for lane, own in kept.items()})
+        block, size = self._write(nested({"all": tensors, "kept": rows}), about)
         self.orders += 1
         try:
-            return self._done({"block": block.name, "size": size}, len(kept))
+            return self._done({"block": block.name, "size": size}, [*kept])
         finally:
             self.blocks.give_back(block)
 
-    def _done(self, request: dict[str, Any], lanes: int) -> list[Tensors]:
-        waiting, tries, found = deque(range(lanes)), [0] * lanes, dict[int, Tensors]()
-        while len(found) < lanes:
+    def _done(self, request: dict[str, Any], lanes: list[int]) -> list[Tensors]:
+        waiting, tries, found = deque(lanes), dict.fromkeys(lanes, 0), dict[int, Tensors]()
+        while len(found) < len(lanes):
             for place, worker in enumerate(self.workers):
                 if worker.lane is None and waiting:
                     self._give(place, waiting, tries, request)
@@ -206,9 +206,9 @@ class Processes:
                     self._take(place, waiting, found)
                 elif self.workers[place].quiet() > self.patience:
                     self._replace(place, waiting, f"has not been heard of for {self.patience:g} s")
-        return [found[lane] for lane in range(lanes)]
+        return [found[lane] for lane in lanes]
 
-    def _give(self, place: int, waiting: deque[int], tries: list[int], request: dict[str, Any]) -> None:
+    def _give(self, place: int, waiting: deque[int], tries: dict[int, int], request: dict[str, Any]) -> None:
         lane = waiting.popleft()
         tries[lane] += 1
         if tries[lane] > TRIES:

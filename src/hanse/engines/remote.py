@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,23 +54,19 @@ class Recipe:
         return Executor(
             problem,
             train,
+            test,
             self.method,
             self.codec,
             Streams(self.seed),
             None,
             paths(problem, self.bf16),
             self.shortcuts,
-            tests=test,
         )
 
 
-def data_of(executor: Executor) -> Tensors:
-    """The samples of all clients as named tensors; of test samples that lie among those for training, only which they are."""
-    train, test = executor.samples, executor.tests
-    found = {"train": _parts(train, {})}
-    if test is not None:
-        found["test"] = _parts(test, {"x": train.x, "y": train.y})
-    return nested(found)
+def data_of(train: Samples, test: Samples) -> Tensors:
+    """The clients' samples as named tensors; of test samples that lie among those for training, only which they are."""
+    return nested({"train": _parts(train, {}), "test": _parts(test, {"x": train.x, "y": train.y})})
 
 
 def _parts(samples: Samples, known: Tensors) -> Tensors:
@@ -88,10 +84,9 @@ class Request:
         what = {"work": orders.work, "own": orders.own, "how": how, "total": total, "send": send}
         self.about = {"request": json.dumps(what)}
 
-    def kept(self, executor: Executor) -> list[Tensors]:
-        """The rows of what the clients of each lane keep."""
-        clients = [torch.cat([orders.clients for orders in batches]) if batches else None for batches in self.lanes]
-        return [{} if who is None else executor.what_is_kept(who) for who in clients]
+    def kept(self, executor: Executor) -> dict[int, Tensors]:
+        """The rows of what the clients of each lane keep, for those that have something to do."""
+        return {i: executor.what_is_kept(torch.cat([o.clients for o in lane])) for i, lane in enumerate(self.lanes) if lane}
 
 
 def answer(executor: Executor, tensors: Tensors, about: About, lane: int, kept: Tensors) -> Tensors:
@@ -129,10 +124,11 @@ def trained_of(reply: Tensors, batches: list[Orders], device: torch.device) -> l
 class Hands(Protocol):
     """Workers and the way to them."""
 
-    def work(self, tensors: Tensors, about: About, kept: Sequence[Tensors]) -> list[Tensors]:
-        """Have ``answer`` called for every lane, of which there is one an element of ``kept``; all replies, in their order.
+    def work(self, tensors: Tensors, about: About, kept: Mapping[int, Tensors]) -> list[Tensors]:
+        """Have ``answer`` called for the lanes that ``kept`` has; their replies, in this order.
 
-        A worker that is lost is replaced, and its lane done again.
+        The first reply may have the ``joined`` sums of all lanes, if then the others have none. A worker that is lost is replaced,
+        and its lane done again.
         """
         ...
 
@@ -154,10 +150,11 @@ class Remote:
         executor, device = self.executor, self.executor.problem.device
         send = orders.own or (executor.adversaries is None and executor.privacy is None)
         request = Request(orders, how, total, send)
-        replies = self.hands.work(request.tensors, request.about, request.kept(executor))
+        kept = request.kept(executor)
+        replies = self.hands.work(request.tensors, request.about, kept)
         if send:
-            return [lane_of(reply, device) for reply, batches in zip(replies, request.lanes, strict=True) if batches]
-        trained = [trained_of(reply, batches, device) for reply, batches in zip(replies, request.lanes, strict=True) if batches]
+            return [lane_of(reply, device) for reply in replies]
+        trained = [trained_of(reply, request.lanes[i], device) for i, reply in zip(kept, replies, strict=True)]
         executor.forge(trained)
         return [executor.sent(batches, total) for batches in trained]
 

@@ -140,6 +140,7 @@ class Simulation:
         self.executor = Executor(
             self.problem,
             self.samples,
+            federation.split.test,
             method,
             self.codec,
             self.streams,
@@ -148,7 +149,6 @@ class Simulation:
             engine.shortcuts,
             self.privacy,
             self.adversaries,
-            federation.split.test,
         )
         self.downlink = Downlink(self.down, self.executor.layout_of, self.streams)
         self.pending = Pending()
