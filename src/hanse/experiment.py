@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from hanse.core.messages import Tensors
 from hanse.core.samples import Samples
 from hanse.engines import Engine, local
 from hanse.engines.estimate import drive
-from hanse.engines.simulation import Simulation
+from hanse.engines.rounds import Rounds
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Jobs
 from hanse.methods.base import Method
@@ -70,7 +70,7 @@ class Recorder:
         self.saved_at, self.saved_round = time.monotonic(), 0
         self.jobs = 0
 
-    def start(self, net: Simulation, resume: bool) -> None:
+    def start(self, net: Rounds, resume: bool) -> None:
         """Begin the run folder; with ``resume`` bring ``net`` and the history to the checkpoint in it instead."""
         if self.folder is None:
             return
@@ -83,7 +83,7 @@ class Recorder:
         self.result.history = self.folder.rewind(net.round)
         self.jobs = sum(len(record["jobs"]) for record in self.result.history)
 
-    def __call__(self, net: Simulation) -> None:
+    def __call__(self, net: Rounds) -> None:
         due = net.finished or self._due(net)
         record = Record(
             round=net.round,
@@ -113,13 +113,13 @@ class Recorder:
         for writer in self.writers:
             writer.write(record)
 
-    def _due(self, net: Simulation) -> bool:
+    def _due(self, net: Rounds) -> bool:
         if self.every_seconds is None:
             return self.every > 0 and net.round % self.every == 0
         before = self.result.history[-1]["seconds"] if self.result.history else 0.0
         return net.now // self.every_seconds > before // self.every_seconds
 
-    def _jobs(self, net: Simulation) -> list[Job]:
+    def _jobs(self, net: Rounds) -> list[Job]:
         """The jobs that ended in this round, up to ``JOBS_LISTED`` in all."""
         ended, net.clock.ended = net.clock.ended, []
         if net.now == 0 or self.jobs >= JOBS_LISTED:
@@ -128,7 +128,7 @@ class Recorder:
         self.jobs += len(listed)
         return listed
 
-    def save(self, net: Simulation) -> None:
+    def save(self, net: Rounds) -> None:
         """Write a checkpoint; raises ``DivergedError`` rather than save a model that is not finite."""
         if not bool(torch.isfinite(net.state["x"]).all()):
             raise DivergedError(f"the model of round {net.round} is not finite; lower lr or set clip")
@@ -137,7 +137,7 @@ class Recorder:
         self.saved_at, self.saved_round = time.monotonic(), net.round
 
 
-def evaluate(net: Simulation) -> dict[str, float]:
+def evaluate(net: Rounds) -> dict[str, float]:
     """Loss and metrics on the global test set, and mean, worst tenth and variance of each metric over the clients' test parts."""
     problem, split = net.problem, net.federation.split
     found: dict[str, float] = {}
@@ -170,7 +170,7 @@ def evaluate(net: Simulation) -> dict[str, float]:
     return found
 
 
-def per_node(net: Simulation) -> Tensors:
+def per_node(net: Rounds) -> Tensors:
     """Metrics of every honest node's own model, or client's that has one, on the global test set."""
     problem, split = net.problem, net.federation.split
     honest = net.honest
@@ -182,7 +182,7 @@ def per_node(net: Simulation) -> Tensors:
     return {name: v for name, v in problem.evaluate_clients(w, buffers, everywhere).items() if name in problem.metrics}
 
 
-def own_models(net: Simulation) -> Tensor:
+def own_models(net: Rounds) -> Tensor:
     """The whole model of every client, ``[N, P]``: the shared part, each one's own among peers and where the rule has it keep one,
     and its private one.
     """
@@ -191,7 +191,7 @@ def own_models(net: Simulation) -> Tensor:
     return torch.cat([w, kept["private"]], 1) if "private" in kept else w
 
 
-def per_client(net: Simulation) -> Tensors:
+def per_client(net: Rounds) -> Tensors:
     """Loss and metrics of every client's own model on its own test part, ``[clients]`` each; empty without test parts."""
     problem, test = net.problem, net.federation.split.test
     if not int(test.offsets[-1] - test.offsets[0]):
@@ -205,7 +205,7 @@ def per_client(net: Simulation) -> Tensors:
     return problem.evaluate_clients(w, buffers, test)
 
 
-def weights(net: Simulation) -> Tensors:
+def weights(net: Rounds) -> Tensors:
     """The global model as named tensors: parameters (private ones at their start), and averaged buffers (a row a domain).
 
     Among peers it is the mean of their models.
@@ -235,7 +235,7 @@ def run(
     out: Path | str | None = None,
     writers: Sequence[Writer] = (),
     resume: bool = False,
-    on_start: Callable[[Simulation], None] = lambda net: None,
+    on_start: Callable[[Any], None] = lambda net: None,
 ) -> Run:
     """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
 
@@ -268,10 +268,9 @@ def run(
         if "arrangement" in result.notes:
             engine = Engine.parse(result.notes["arrangement"])
     end = math.inf if seconds is None else seconds
-    net = Simulation(
+    net = engine.network(
         federation,
         method,
-        engine,
         codec,
         down,
         seed=seed,
@@ -294,7 +293,7 @@ def run(
     return result
 
 
-def _play(net: Simulation, schedule: Schedule, method: Method, recorder: Recorder) -> None:
+def _play(net: Rounds, schedule: Schedule, method: Method, recorder: Recorder) -> None:
     """The whole conversation; its last good round is saved, and the writers are closed, however it ends."""
     threads = torch.get_num_threads()
     try:
@@ -313,7 +312,7 @@ def _play(net: Simulation, schedule: Schedule, method: Method, recorder: Recorde
             writer.close()
 
 
-def _clients(net: Simulation, result: Run) -> Tensors:
+def _clients(net: Rounds, result: Run) -> Tensors:
     """What is written down of every client at the end of a run."""
     federation = net.federation
     found = {"samples": net.samples.counts(), "rounds": net.taken.long()}

@@ -115,7 +115,7 @@ def test_work_of_several_versions_is_executed_at_once(uneven: hs.Federation, exe
     send(net, 0, 1)
     executed.clear()
     wait(net)
-    net._execute_all()  # as the first to be collected would have it
+    net.execute_all()  # as the first to be collected would have it
     (orders,) = executed
     versions = dict(zip(orders.clients.tolist(), orders.versions.tolist(), strict=True))
     assert versions == {8: 0, 9: 0, 5: 1, 6: 1, 7: 1, 0: 2, 1: 2} and len(orders.messages) == 3
@@ -163,7 +163,7 @@ def test_a_job_brings_what_it_would_bring_alone(uneven: hs.Federation, executed:
     send(net, 7)
     executed.clear()
     wait(net, 6)
-    net._execute_all()  # as the first to be collected would have it
+    net.execute_all()  # as the first to be collected would have it
     assert [len(orders) for orders in executed] == [6]
     starts = {0: 1, 2: 1, 5: 1, 7: 2, 10: 0, 11: 0}
     for client, version in starts.items():
@@ -272,7 +272,7 @@ def test_results_stay_until_they_are_collected_or_called_off(uneven: hs.Federati
     net = started(uneven, path="stacked", chunk=12)
     send(net, *range(CLIENTS))
     wait(net)
-    net._execute_all()  # as the first to be collected would have it
+    net.execute_all()  # as the first to be collected would have it
     (result,) = net.pending.results
     assert len(result.batch.tickets) == CLIENTS  # all were under way
 
@@ -379,7 +379,7 @@ def test_every_job_costs_its_messages(uneven: hs.Federation, rule: str, codec: h
     send(net, 0, 1, 5)
     assert traffic(net) == (3 * len(save({n: t.clone() for n, t in message.items()})), 0) == (3 * wire_size(message), 0)
     wait(net, 2)
-    net._execute_all()
+    net.execute_all()
     assert net.arrived["up"].tolist() == [up, up] and traffic(net)[1] == 2 * up
     net.call_off(net.out)
     wait(net, until=100)
@@ -452,7 +452,7 @@ def test_a_resumed_run_sends_the_same_message_again(uneven: hs.Federation, execu
         each.begin(state)
         send(each, 4)
         wait(each)
-        each._execute_all()
+        each.execute_all()
     assert same(net.snapshot(), fresh.snapshot()) and len(net.pending.messages) == 1
     assert [len(orders.messages) for orders in executed] == [1, 1]
 
@@ -492,7 +492,7 @@ def test_a_round_that_has_used_replies_of_earlier_ones_cannot_be_taken_back(unev
     net = started(uneven)
     send(net, 0, 1)
     wait(net, 2)
-    net._execute_all()
+    net.execute_all()
     step(net)
     collect(net, 0)
     assert not net.take_back()

@@ -18,7 +18,7 @@ from hanse.core.messages import Tensors
 from hanse.core.optim import sgd
 from hanse.core.streams import Streams
 from hanse.data.task import Dataset
-from hanse.engines.simulation import FORMAT
+from hanse.engines.rounds import FORMAT
 from hanse.fleet.profiles import Work
 
 RULES = {"FedAvg": hs.methods.FedAvg(epochs=2), "Scaffold": hs.methods.Scaffold(epochs=2)}

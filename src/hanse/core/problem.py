@@ -85,6 +85,10 @@ class Problem:
         self.shared_buffers = self.start_buffers.repeat(domains, 1) if buffers == "domain" else self.start_buffers
         """What the server holds at first: ``[Q]``, or one row a domain ``[domains, Q]``."""
 
+    def layout_of(self, name: str, width: int) -> Layout:
+        """The layout of vectors as wide as what is shared of the model is that one's, else none in particular."""
+        return self.shared_layout if width == self.shared_layout.size else Layout({name: (width,)})
+
     def named(self, w: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """All tensors of the module: views of ``w`` and ``buffers`` and the frozen ones."""
         return {**self.layout.views(w), **self.buffer_layout.views(buffers), **self.fixed}

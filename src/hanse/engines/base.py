@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import PositiveInt
 
 from hanse.core.part import Part
 
 if TYPE_CHECKING:
+    from hanse.codecs.base import Codec
     from hanse.engines.execution import Executor, Lane, Orders
+    from hanse.engines.rounds import Rounds
     from hanse.federation import Federation
+    from hanse.methods.base import Method
 
 
 class Arrangement(NamedTuple):
@@ -69,6 +72,12 @@ class Engine(Part):
         if self.path and self.chunk and self.workers and self.threads:
             return Arrangement(self.path, self.chunk, self.workers, self.threads, self.shards)
         return None
+
+    def network(self, federation: Federation, method: Method, codec: Codec, down: Codec, **run: Any) -> Rounds:
+        """The network of a run here; ``run`` is what ``Simulation`` takes by name."""
+        from hanse.engines.simulation import Simulation
+
+        return Simulation(federation, method, self, codec, down, **run)
 
     def crew(self, executor: Executor, federation: Federation) -> Crew:
         """Who does the work of ``executor`` here."""

@@ -43,6 +43,22 @@ class Downlink:
             self._last = round, message, received, size
         return [received], torch.full((len(clients),), size)
 
+    def letters(self, message: Tensors, clients: Tensor, parts: Tensor | None, round: int) -> list[Tensors]:
+        """What travels to each of ``clients`` for them to receive what ``send`` says, an array of bytes for each vector coded."""
+        if parts is None and (self.codec.plain or not len(clients)):
+            return [message] * len(clients)
+        if parts is None:
+            whom = torch.zeros(1, dtype=torch.long)
+            return [self._letter(message, whom, None, round, 0)] * len(clients)
+        return [self._letter(message, clients, parts, round, i) for i in range(len(clients))]
+
+    def _letter(self, message: Tensors, whom: Tensor, parts: Tensor | None, round: int, i: int) -> Tensors:
+        written = message.copy()
+        for name, vector in coded(message):
+            data = self.codec.encode(vector.clone(), self._sending(name, vector, whom, round, parts).only(i))
+            written[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return written
+
     def _in_parts(self, message: Tensors, clients: Tensor, parts: Tensor, round: int) -> tuple[list[Tensors], Tensor]:
         if not len(clients):
             return [], torch.zeros(0, dtype=torch.int64)

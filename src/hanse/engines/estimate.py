@@ -108,7 +108,7 @@ class Rehearsal(Simulation):
         self.method: Any = Still(net)
         self.size, self.whole, self.total_weight, self.privacy = size, whole, 1.0, net.privacy
 
-    def _perform(self, orders: Orders, total: bool) -> list[Lane]:
+    def perform(self, orders: Orders, total: bool) -> list[Lane]:
         size = self.size if self.privacy is None else self.privacy.up() or self.size
         ones, sizes = torch.ones(len(orders)), torch.full((len(orders),), size)
         if orders.share is not None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from hanse.codecs.base import Codec, Sending
 from hanse.core.context import Context
 from hanse.core.gradients import GradientPath
-from hanse.core.layout import Layout
 from hanse.core.messages import Tensors, Upload
 from hanse.core.problem import Problem
 from hanse.core.samples import Samples
@@ -174,7 +173,6 @@ class Executor:
         self.kept, self.paths, self.privacy, self.adversaries, self.tests = kept, paths, privacy, adversaries, tests
         self.shortcuts = shortcuts and codec.plain and privacy is None and adversaries is None
         self.plan = method.plan()
-        self.layout = problem.shared_layout
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
@@ -212,7 +210,7 @@ class Executor:
         """Have liars replace what they send, knowing what everybody else does; nothing where nobody lies."""
         work = [one for lane in lanes for one in lane]
         if self.adversaries is not None:
-            self.adversaries.forge([one.upload for one in work], [one.orders.rounds for one in work], self.layout_of)
+            self.adversaries.forge([one.upload for one in work], [one.orders.rounds for one in work], self.problem.layout_of)
 
     def sent(self, batches: list[Trained], total: bool) -> Lane:
         """One worker's batches that have been trained, sent."""
@@ -252,7 +250,7 @@ class Executor:
     def _send(self, trained: Trained, lane: Lane, total: bool) -> None:
         """Encode, and add up what only sums are needed of."""
         orders, upload, state = trained.orders, trained.upload, trained.state
-        sending, refused = partial(self._sending, orders, state), None
+        sending, refused = partial(self.sending, orders, state), None
         sizes = torch.zeros(len(orders), dtype=torch.int64) if orders.own else encode(upload, self.codec, state, sending)
         readable = self.privacy is None or self.privacy.masks is None
         if self.adversaries is not None and not orders.own and readable:  # what is masked nobody can read, to refuse it
@@ -271,19 +269,15 @@ class Executor:
             Batch(orders.tickets, orders.versions, upload, sizes, state, torch.zeros(len(orders), dtype=torch.bool), refused)
         )
 
-    def _sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
+    def sending(self, orders: Orders, state: Tensors, name: str, width: int) -> Sending:
         """How the clients send their vectors ``name`` of that width; what the codec keeps is among what the clients keep."""
         return Sending(
-            layout=self.layout_of(name, width),
+            layout=self.problem.layout_of(name, width),
             seeds=self.streams.seeds(f"codec.{name}", orders.clients, orders.rounds),
             share=orders.share,
             masks=self.method.masks,
             memory={row: state[key] for row in self.codec.keeps if (key := memory_key(name, row)) in state},
         )
-
-    def layout_of(self, name: str, width: int) -> Layout:
-        """The model's layout for vectors as wide as what is shared of it, else none in particular."""
-        return self.layout if width == self.layout.size else Layout({name: (width,)})
 
     def _rate(self, versions: Tensor) -> float | Tensor:
         """The learning rate of each version, a number if it is the same for all, else ``[C, 1]``."""

@@ -242,9 +242,12 @@ class Clock:
             if not bool((due & (np.isfinite(self.out["rate"]) | (self.out["ignored"] != 0))).any()):
                 break
             weigh()
-        hopeless = replies > coming and time == last and alarm >= NEVER
         if time < NEVER:
             self.time = max(self.time, time)
+        return self.happened(until, hopeless=replies > coming and time == last and alarm >= NEVER)
+
+    def happened(self, until: float, hopeless: bool = False) -> Events:
+        """What has happened by now; where it is ``hopeless`` to wait for more, the jobs that are out are given up."""
         there = self.out["arrives"] <= self.time
         arrived = self._receive(self.out[there])
         self.out = self.out[~there]

@@ -1,0 +1,331 @@
+"""A federation of real clients: letters to them, replies from them, in real time.
+
+Who they are and how letters get there is a ``Post``'s affair. Replies are added up in the order of the clients, not in that in
+which they come, so a run whose rounds wait for everybody repeats bit for bit, and equals a simulation of clients one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hanse.codecs.base import Codec
+from hanse.core.errors import CodecError, ConfigError, StalledError
+from hanse.core.gradients import paths
+from hanse.core.messages import Reply, Tensors, Upload
+from hanse.core.samples import Samples
+from hanse.core.state import ClientState
+from hanse.core.streams import Streams
+from hanse.data import Split
+from hanse.engines.base import Arrangement, Engine
+from hanse.engines.downlink import coded
+from hanse.engines.execution import Batch, Executor, Orders
+from hanse.engines.letters import Expected, as_bytes, expectations, upload_in
+from hanse.engines.participant import NOTHING
+from hanse.engines.pending import Result
+from hanse.engines.rounds import Rounds
+from hanse.engines.simulation import client_state
+from hanse.federation import Federation
+from hanse.fleet.clock import NEVER, SECOND, Clock, Events, Jobs, among
+from hanse.fleet.profiles import ideal
+from hanse.methods.base import Method
+
+log = logging.getLogger(__name__)
+
+
+class Returned(NamedTuple):
+    """What came back of a letter: its number, and the reply, or why there is none."""
+
+    letter: int
+    client: int
+    data: bytes | None
+    why: str = ""
+
+
+class Post(Protocol):
+    """The way to the clients of one run."""
+
+    def send(self, letter: int, client: int, data: bytes, about: Mapping[str, Any]) -> None:
+        """Have a letter delivered, whenever the client can be reached."""
+        ...
+
+    def collect(self, seconds: float) -> list[Returned]:
+        """What has come back; waits up to so many ``seconds`` for the first."""
+        ...
+
+    def reached(self) -> set[int]:
+        """The clients that can be reached at the moment."""
+        ...
+
+
+@dataclass
+class Standing:
+    """What a client is doing, since when, and why: ``ready``, at ``work``, ``away``, or ``refused``: its last reply was no good."""
+
+    state: Literal["ready", "work", "away", "refused"] = "ready"
+    since: float = field(default_factory=time.time)
+    why: str = ""
+
+    def turn(self, state: Literal["ready", "work", "away", "refused"], why: str) -> None:
+        """From now on."""
+        self.state, self.since, self.why = state, time.time(), why
+
+
+class WallClock(Clock):
+    """Jobs in real time: when a reply arrives is known when it does."""
+
+    def __init__(self, clients: Federation, streams: Streams) -> None:
+        super().__init__(ideal(), clients.population, streams)
+        self._began = time.monotonic()
+
+    def tick(self) -> None:
+        """What time it is."""
+        self.time = max(self.time, int((time.monotonic() - self._began) * SECOND))
+
+    def go_on_from(self, moment: int) -> None:
+        """Continue a run that had got to that time."""
+        self._began = time.monotonic() - moment / SECOND
+
+    def send(self, *args: Any, **kwargs: Any) -> Jobs:
+        self.tick()
+        jobs = super().send(*args, **kwargs)
+        mine = among(self.out["ticket"], jobs["ticket"])
+        for table in (jobs, self.out):
+            rows = slice(None) if table is jobs else mine
+            for name in ("received", "computed", "arrives"):
+                table[name][rows] = NEVER
+        return jobs
+
+    def came(self, ticket: int, size: int) -> None:
+        """The reply of a job is there."""
+        row = np.flatnonzero(self.out["ticket"] == ticket)
+        for name in ("computed", "arrives"):
+            self.out[name][row] = self.time
+        self.out["up"][row], self.out["known"][row] = size, 1
+
+    def give_up(self, tickets: np.ndarray) -> None:
+        """Nobody waits for these jobs any more."""
+        self.out["expires"][among(self.out["ticket"], tickets)] = self.time
+
+    @property
+    def still(self) -> bool:
+        return False
+
+
+class Deployment(Rounds):
+    """The network of a run with real clients, whose numbers of samples are ``counts`` int64 ``[N]``.
+
+    A client that cannot be reached for ``grace`` seconds is given up for the round, one that works is not.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        method: Method,
+        engine: Engine,
+        codec: Codec,
+        down: Codec,
+        post: Post,
+        counts: Tensor,
+        *,
+        run: str,
+        grace: float,
+        seed: int,
+        rounds: int,
+        seconds: float = math.inf,
+        on_commit: Callable[[Any], None] = lambda net: None,
+    ) -> None:
+        if method.masks:
+            raise ConfigError(f"method: {method} is not allowed with real clients: it asks which entries were sent")
+        streams = federation.streams if seed == federation.seed else Streams(seed)
+        split = federation.split
+        if not len(split.test_x):
+            raise ConfigError("task: no test samples: the server tells from one of its own what replies have to look like")
+        federation = federation.bare()
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        empty = Samples(split.train.x[:0], split.train.y[:0], offsets)
+        federation.split = replace(split, train=empty, test=replace(empty, offsets=offsets * 0), newcomers=None)
+        clock = WallClock(federation, streams)
+        kept = ClientState(federation.clients, {}, federation.problem.dtype)
+        super().__init__(
+            federation, method, engine, codec, down, clock, kept, seed=seed, rounds=rounds, seconds=seconds, on_commit=on_commit
+        )
+        self.clock: WallClock = clock
+        self.post, self.run, self.grace = post, run, grace
+        self.standing = [Standing() for _ in range(self.clients)]
+        self.based, self.safe = (np.full(self.clients, NOTHING, dtype=np.int64) for _ in range(2))
+        self.refused = 0
+        self._given_up: dict[int, int] = {}
+        self._saved = self.based.copy()
+        self._looked, self._missed = 0.0, np.full(self.clients, NEVER)
+        self.expected = expected_of(self, split)
+
+    # ---- what a schedule sees
+
+    def there(self, clients: Tensor) -> Tensor:
+        self._look(force=True)
+        return torch.from_numpy(self._missed[clients.numpy()] == NEVER)
+
+    def _send(
+        self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float, parts: Tensor | None
+    ) -> Jobs:
+        who = clients.numpy()
+        self._remember(self.arrived[among(self.arrived["client"], who)])
+        jobs = super()._send(clients, work, message, steps, patience, parts)
+        letters = self.downlink.letters(message, clients, parts, self.round)
+        written: dict[int, bytes] = {}
+        for job, letter in zip(jobs, letters, strict=True):
+            data = written.setdefault(id(letter), as_bytes(letter))
+            self._post(job, work, data, message)
+        return jobs
+
+    def _post(self, job: Any, work: str, data: bytes, message: Tensors) -> None:
+        client = int(job["client"])
+        about = {
+            "run": self.run,
+            "work": work,
+            "key": int(job["key"]),
+            "version": int(job["version"]),
+            "steps": int(job["steps"]),
+            "share": float(job["share"]) or None,
+            "base": int(self.based[client]),
+            "safe": int(self.safe[client]),
+            "coded": {} if self.down.plain else {n: len(vector) for n, vector in coded(message)},
+        }
+        self.post.send(int(job["ticket"]), client, data, about)
+        self.standing[client].turn("work", f"{work} for round {self.round + 1}")
+
+    async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
+        arrived, before = self.arrived[:0], self._missed.copy()
+        while True:
+            for returned in self.post.collect(max(0.0, min(0.5, until - self.now))):
+                self._take_in(returned)
+            self._look()
+            events = self.clock.happened(until)
+            arrived = np.concatenate([arrived, events.arrived])
+            back = anyone and bool(((before < NEVER) & (self._missed == NEVER)).any())
+            nothing = not len(self.out) and not len(self.clock.rests) and math.isinf(until) and not anyone
+            if len(arrived) >= replies or len(events.lost) or len(events.rested) or events.due or back or nothing:
+                return events._replace(arrived=arrived)
+
+    async def ask(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None = None) -> Reply:
+        jobs = self._send(clients, work, message, None, math.inf, parts)
+        while bool((self.out["ticket"] >= jobs["ticket"].min(initial=NEVER)).any()):
+            await self.wait(replies=len(jobs))
+        return self.collect(self.arrived[among(self.arrived["ticket"], jobs["ticket"])])
+
+    def collect(self, jobs: Jobs, scale: Tensor | None = None, total: float | None = None) -> Reply:
+        self._remember(jobs)
+        order = {int(job["ticket"]): (-int(job["steps"]), int(job["client"])) for job in jobs}
+        self.pending.results.sort(key=lambda result: (result.lane, order.get(int(result.batch.tickets), (0, 0))))
+        return super().collect(jobs, scale, total)
+
+    def _remember(self, jobs: Jobs) -> None:
+        """What these clients have kept of these jobs is what they go on from."""
+        self.based[jobs["client"]] = np.maximum(self.based[jobs["client"]], jobs["key"])
+
+    # ---- what comes back
+
+    def _take_in(self, returned: Returned) -> None:
+        """A reply: kept until it is collected, or refused."""
+        self.clock.tick()
+        row = self.clock.out[(self.clock.out["ticket"] == returned.letter) & (self.clock.out["known"] == 0)]
+        if not len(row) or int(row["client"][0]) != returned.client:
+            if self._given_up.pop(returned.letter, None) == returned.client:
+                self.clock.late += 1
+            else:
+                self._refuse(returned.client, f"nothing is expected from it under number {returned.letter}")
+            return
+        upload = self._read(returned, self.pending.messages[int(row["message"][0])].work)
+        if upload is None:
+            self._give_up(row)
+            return
+        tickets, versions = (torch.from_numpy(row[n].copy()) for n in ("ticket", "version"))
+        size = len(returned.data or b"")
+        batch = Batch(tickets, versions, upload, torch.tensor([size]), {}, torch.ones(1, dtype=torch.bool))
+        self.pending.results.append(Result(returned.client % self.engine.shards, batch))
+        self.clock.came(returned.letter, size)
+        self.standing[returned.client].turn("ready", f"replied in round {self.round + 1}")
+
+    def _read(self, returned: Returned, work: str) -> Upload | None:
+        """The upload in a reply, or None where it is refused."""
+        layouts, like = self.problem.layout_of, self.problem.start
+        try:
+            if returned.data is None:
+                raise CodecError(returned.why)
+            return upload_in(returned.data, returned.client, self.expected[work], like, self.codec, layouts)
+        except CodecError as error:
+            self._refuse(returned.client, str(error))
+            return None
+
+    def _give_up(self, jobs: Jobs) -> None:
+        self._given_up |= dict(zip(jobs["ticket"].tolist(), jobs["client"].tolist(), strict=True))
+        self.clock.give_up(jobs["ticket"])
+
+    def _refuse(self, client: int, why: str) -> None:
+        self.refused += 1
+        self.standing[client].turn("refused", why)
+        log.warning("client %d is refused in round %d: %s", client, self.round + 1, why)
+
+    def _look(self, force: bool = False) -> None:
+        """Who can be reached; jobs of those who cannot for long are given up."""
+        if not force and time.monotonic() - self._looked < 1.0:
+            return
+        self._looked = time.monotonic()
+        self.clock.tick()
+        reached = self.post.reached()
+        for client, standing in enumerate(self.standing):
+            if client in reached and self._missed[client] < NEVER:
+                self._missed[client] = NEVER
+                standing.turn("work" if client in self.out["client"] else "ready", "it is back")
+            elif client not in reached and self._missed[client] == NEVER:
+                self._missed[client] = self.clock.time
+                standing.turn("away", "it cannot be reached")
+        gone = self._missed[self.out["client"]] < self.clock.time - self.grace * SECOND
+        for job in self.out[gone]:
+            log.warning("client %d cannot be reached for %g s; round %d goes on", job["client"], self.grace, self.round + 1)
+        self._give_up(self.out[gone])
+        if not reached and bool((self._missed < self.clock.time - 10 * self.grace * SECOND).all()):
+            raise StalledError(f"no client can be reached for {10 * self.grace:g} seconds")
+
+    # ---- saving
+
+    def snapshot(self) -> Tensors:
+        saved = super().snapshot()
+        self.safe, self._saved = self._saved, self.based.copy()  # this one may still get lost, as on a full disk
+        return {**saved, "based": torch.from_numpy(self.based.copy())}
+
+    def restore(self, saved: Tensors) -> None:
+        super().restore(saved)
+        self.based = saved["based"].numpy().copy()
+        self.clock.go_on_from(self.clock.time)
+        for job in self.clock.out:  # nobody may have them any more, and who has done them already does the same again
+            message = self.pending.messages[int(job["message"])]
+            client, version = torch.tensor([int(job["client"])]), int(job["version"])
+            letter = self.downlink.letters(message.tensors, client, None, version)[0]
+            self._post(job, message.work, as_bytes(letter), message.tensors)
+
+    def report(self) -> str:
+        """What every client is doing, as JSON."""
+        return json.dumps({i: vars(standing) for i, standing in enumerate(self.standing)})
+
+
+def expected_of(net: Deployment, split: Split) -> dict[str, dict[str, Expected]]:
+    """What replies to each kind of work look like: that of one step on a test sample of the server's own."""
+    problem, method, zero = net.problem, net.method, torch.zeros(1, dtype=torch.long)
+    one = Samples(split.test_x[:1], split.test_y[:1], torch.tensor([0, 1]))
+    ways, kept = paths(problem, False), client_state(net.federation, method, None)
+    executor = Executor(problem, one, one, method, net.codec, net.streams, kept, ways, shortcuts=False)
+    message, how = method.message(method.init(problem)), Arrangement(next(iter(ways)), 1, 1, torch.get_num_threads())
+    works = ("open", "train") if method.opens else ("train",)
+    orders = {work: Orders(work, [message], zero, zero, zero, zero, zero + 1, zero) for work in works}
+    return {work: expectations(executor.train(order, how).upload) for work, order in orders.items()}

@@ -1,0 +1,147 @@
+"""A federation of real clients equals a simulation of clients one at a time, whatever the order in which they reply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loopback import Deed, Letters, loopback
+from same_runs import CASES
+
+import hanse as hs
+from hanse.engines.deployment import Returned
+
+ALONE: dict[str, Any] = {"path": "stacked", "chunk": 1, "workers": 1, "threads": 1, "shortcuts": False, "shards": 2}
+SYNCHRONOUS = hs.schedules.synchronous(cohort=5)
+BARRIERS = {n: c for n, c in CASES.items() if "schedule" not in c and not {"attack", "privacy"} & c.keys() and n != "one by one"}
+
+
+def federation() -> hs.Federation:
+    return hs.Federation(hs.tasks.digits(hidden=8), clients=7, partition=hs.dirichlet(0.5), dtype="float64")
+
+
+def go(engine: hs.engines.Engine, **how: Any) -> hs.Run:
+    how = {"method": hs.methods.FedAvg(), "schedule": SYNCHRONOUS, "rounds": 4, **how}
+    how.pop("chunk", None)
+    how.pop("path", None)
+    return hs.run(federation(), how.pop("method"), how.pop("schedule"), engine=engine, **how)
+
+
+@pytest.fixture
+def deed() -> Iterator[list[Deed]]:
+    """Something may be put here that becomes of replies."""
+    before = [*loopback.deeds]
+    yield loopback.deeds
+    loopback.deeds[:] = before
+
+
+def seen(run: hs.Run) -> list[Any]:
+    """What a history says that does not depend on time or on who holds the clients' test samples."""
+    names = ("round", "loss", "updates")
+    scores = [{n: v for n, v in record["metrics"].items() if "client" not in n} for record in run.history]
+    return [[record[n] for n in names] + [sorted(record["cohort"])] for record in run.history] + scores
+
+
+def same_model(one: hs.Run, other: hs.Run) -> None:
+    assert seen(one) == seen(other)
+    assert [name for name, t in one.weights.items() if not torch.equal(t, other.weights[name])] == []
+
+
+@pytest.mark.parametrize("case", BARRIERS)
+def test_real_clients_equal_simulated_ones_and_so_do_their_bytes(case: str, tmp_path: Path) -> None:
+    path = CASES[case].get("path", "stacked")
+    simulated = go(hs.engines.local(**{**ALONE, "path": path}), **CASES[case])
+    real = go(loopback(**{**ALONE, "path": path}, folder=str(tmp_path)), **CASES[case])
+    same_model(real, simulated)
+    assert [r["bytes_down"] for r in real.history] == [r["bytes_down"] for r in simulated.history]
+    assert [r["bytes_up"] for r in real.history] == [r["bytes_up"] for r in simulated.history]
+    post = loopback.made[-1]
+    assert sum(size for _, size in post.sent) == real.history[-1]["bytes_down"]
+    assert sum(size for _, size in post.received) == real.history[-1]["bytes_up"]
+
+
+def test_the_order_of_replies_does_not_matter(tmp_path: Path) -> None:
+    runs = [go(loopback(**ALONE, folder=str(tmp_path / str(order)), order=order), method=hs.methods.Scaffold()) for order in (1, 2)]
+    same_model(*runs)
+
+
+def spoiled(data: bytes) -> dict[str, bytes | None]:
+    from safetensors.torch import load, save
+
+    good = load(data)
+    name = next(n for n in good if n not in ("weight", "loss"))
+    return {
+        "cut off": data[: len(data) // 2],
+        "of another shape": save({**good, name: good[name][:-1].clone()}),
+        "not finite": save({**good, name: good[name] * float("nan")}),
+        "of another type": save({**good, name: good[name].float()}),
+        "more than asked for": save({**good, "extra": good[name].clone()}),
+        "without its weight": save({n: t for n, t in good.items() if n != "weight"}),
+        "of negative weight": save({**good, "weight": -good["weight"]}),
+        "nothing": b"",
+        "no safetensors file": b"\x80\x04." * 100,
+        "an error of its own": None,
+    }
+
+
+BAD = ["cut off", "of another shape", "not finite", "of another type", "more than asked for", "without its weight",
+       "of negative weight", "nothing", "no safetensors file", "an error of its own"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_reply_is_refused_in_one_line_and_the_run_goes_on(what: str, tmp_path: Path, deed: list[Deed], caplog: Any) -> None:
+    def spoil(post: Letters, reply: Returned) -> list[Returned]:
+        if reply.client != 3 or reply.data is None:
+            return [reply]
+        return [reply._replace(data=spoiled(reply.data)[what], why="its disk is full")]
+
+    deed.append(spoil)
+    run = go(loopback(**ALONE, folder=str(tmp_path)), rounds=2, schedule=hs.schedules.synchronous(cohort=7))
+    assert [sorted(record["cohort"]) for record in run.history] == [[0, 1, 2, 4, 5, 6]] * 2
+    refusals = [r.getMessage() for r in caplog.records if "client 3 is refused" in r.getMessage()]
+    assert len(refusals) == 2
+
+
+def test_what_comes_twice_counts_once(tmp_path: Path, deed: list[Deed], caplog: Any) -> None:
+    expected = go(hs.engines.local(**ALONE))
+    deed.append(lambda post, reply: [reply, reply] if reply.client == 3 else [reply])
+    same_model(go(loopback(**ALONE, folder=str(tmp_path))), expected)
+    assert "client 3 is refused" in caplog.text
+
+
+def test_who_says_it_is_another_is_refused(tmp_path: Path, deed: list[Deed], caplog: Any) -> None:
+    expected = go(hs.engines.local(**ALONE))
+    deed.append(lambda post, reply: [reply._replace(client=(reply.client + 1) % 7), reply])
+    same_model(go(loopback(**ALONE, folder=str(tmp_path))), expected)
+    assert "nothing is expected from it under number" in caplog.text
+
+
+def test_who_cannot_be_reached_is_given_up_and_comes_back(tmp_path: Path, deed: list[Deed], caplog: Any) -> None:
+    def leave(post: Letters, reply: Returned) -> list[Returned]:
+        post.away = {3} if 4 < len(post.received) < 14 else set()
+        return [reply]
+
+    deed.append(leave)
+    run = go(loopback(**ALONE, folder=str(tmp_path)), schedule=hs.schedules.synchronous(cohort=7))
+    took_part = [3 in record["cohort"] for record in run.history]
+    assert len(took_part) == 4 and took_part[-1] and not all(took_part)
+
+
+def test_asynchronous_schedules_run_as_they_are(tmp_path: Path) -> None:
+    run = go(loopback(**ALONE, folder=str(tmp_path)), method=hs.methods.Scaffold(), schedule=hs.schedules.fedbuff(buffer=3))
+    assert run.history[-1]["updates"] == 12
+    post = loopback.made[-1]
+    assert sum(size for _, size in post.sent) == run.history[-1]["bytes_down"]
+
+
+def test_a_server_that_is_killed_goes_on_to_the_same_model(tmp_path: Path) -> None:
+    from small_runs import stop_after
+
+    how: dict[str, Any] = {"method": hs.methods.Scaffold(), "codec": hs.codecs.feedback(hs.codecs.topk(0.2))}
+    whole = go(loopback(**ALONE, folder=str(tmp_path / "a")), **how)
+    engine = loopback(**ALONE, folder=str(tmp_path / "b"))
+    go(engine, **how, out=tmp_path / "run", on_start=stop_after(2))
+    same_model(go(engine, **how, out=tmp_path / "run", resume=True), whole)
