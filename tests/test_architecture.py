@@ -35,7 +35,7 @@ MAY_IMPORT = {
 }
 """Module prefixes below ``hanse`` that each room may import besides itself. Rooms left out are entrances and may import all."""
 
-ENTRANCES = {"__init__", "cli", "bench", "reproduce"}
+ENTRANCES = {"__init__", "cli", "bench", "reproduce", "parity"}
 
 
 def room(file: Path) -> str:

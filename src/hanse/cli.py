@@ -186,6 +186,26 @@ def reproduce(
         raise typer.Exit(1)
 
 
+def parity(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Settings; their first rule, schedule, codec and seed count.")],
+    rounds: Annotated[int, typer.Option(help="Rounds of each run.", min=1)] = 3,
+    json_: Json = False,
+) -> None:
+    """Run the same in every engine that is installed and say whether histories and weights agree; fails where they do not."""
+    from hanse.config import Settings
+    from hanse.parity import parity as compare
+
+    found = compare(Settings.read(file, {}), rounds)
+    if json_:
+        typer.echo(json.dumps([verdict._asdict() for verdict in found]))
+    else:
+        for verdict in found:
+            took = f"{verdict.seconds:6.1f} s" if verdict.agrees is not None else "       -"
+            typer.echo(f"{verdict.engine:10} {took}  {verdict.text}")
+    if any(verdict.agrees is False for verdict in found):
+        raise typer.Exit(1)
+
+
 def bench(
     workloads: Annotated[
         list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, aggregators, or gossip", show_default=False)
@@ -204,6 +224,7 @@ app.command()(resume)
 app.command()(report)
 app.command("list")(list_)
 app.command()(reproduce)
+app.command()(parity)
 app.command()(bench)
 
 

@@ -82,7 +82,7 @@ def test_clients_start_from_what_the_codec_left_of_the_model(ragged: hs.Federati
     )
     state, _ = net.begin(net.method.init(net.problem))
     reply = ask(net, torch.arange(5), net.method.message(state))
-    layout = net.executor.layout
+    layout = net.problem.shared_layout
     data = down.encode(state["x"], hs.codecs.Sending(layout, torch.tensor([0])))
     start = down.decode(data, layout)
     assert torch.equal(reply.starts[0]["x"], start)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hanse import __version__
 from hanse.codecs.base import Codec
 from hanse.core.errors import CheckpointError, ConfigError
 from hanse.core.gradients import paths
@@ -53,7 +53,7 @@ class Participant:
         self.client, self.run, self.folder, self.down, self.problem = client, run, folder, down, federation.problem
         found = paths(self.problem, engine.precision == "bf16")
         if engine.path is not None and engine.path not in found:
-            raise ConfigError(f"engine.path: {engine.path!r} is not allowed for this model: {', '.join(found)}")
+            raise ConfigError(f"{engine.short_name}.path: {engine.path!r} is not allowed for this model: {', '.join(found)}")
         self.how = Arrangement(engine.path or next(iter(found)), 1, 1, engine.threads or torch.get_num_threads())
         self.kept = client_state(federation, method, None)
         own = torch.arange(federation.clients) == client
@@ -72,16 +72,16 @@ class Participant:
     def hello(self) -> dict[str, Any]:
         """What the server has to know of a client before it asks it anything."""
         count = int(self.executor.samples.counts()[self.client])
-        return {"client": self.client, "samples": count, "hanse": __version__, "model": self.problem.layout.size}
+        return {"client": self.client, "samples": count, "hanse": version("hanse"), "model": self.problem.layout.size}
 
     def work(self, data: bytes, about: Mapping[str, Any]) -> bytes:
         """Do what a letter asks for; the letter in reply. The same letter always gets the same reply."""
         torch.set_num_threads(self.how.threads)
         message = opened(data, about["coded"], self.down, self.problem.layout_of)
         me, key = torch.tensor([self.client]), torch.tensor([about["key"]])
-        version, steps, zero = torch.tensor([about["version"]]), torch.tensor([about["steps"]]), torch.zeros(1, dtype=torch.long)
+        since, steps, zero = torch.tensor([about["version"]]), torch.tensor([about["steps"]]), torch.zeros(1, dtype=torch.long)
         share = None if about["share"] is None else torch.tensor([about["share"]], dtype=torch.float64)
-        orders = Orders(about["work"], [message], zero, me, key, version, steps, zero, share)
+        orders = Orders(about["work"], [message], zero, me, key, since, steps, zero, share)
         trained = self.executor.train(orders, self.how, self._state(about["base"]))
         letter = as_bytes(upload_letter(self.executor, trained))
         self._keep(about["key"], trained.state)

@@ -86,7 +86,7 @@ class Simulation(Peers):
         )
         self.paths = paths(self.problem, engine.precision == "bf16")
         if engine.path is not None and engine.path not in self.paths:
-            raise ConfigError(f"engine.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
+            raise ConfigError(f"{engine.short_name}.path: {engine.path!r} is not allowed for this model: {', '.join(self.paths)}")
         self.privacy = (
             Mechanisms(privacy, schedule or Schedule(), method, self.codec, federation, self.streams) if privacy else None
         )
