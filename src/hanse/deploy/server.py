@@ -1,0 +1,76 @@
+"""Flower's ServerApp: the conversation of a run, with clients that are SuperNodes.
+
+``context.run_config`` has ``settings``, the text of a settings file, ``folder``, where the run folder is to be, and ``names``, the
+clients' names in the order of their numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from hanse.config import Settings
+from hanse.deploy.share import one_of_each
+from hanse.engines.flower import GridPost, linked
+from hanse.engines.participant import run_name
+from hanse.experiment import run
+from hanse.track.folder import SETTINGS, Folder
+from hanse.track.report import write_report
+
+app = ServerApp()
+log = logging.getLogger("hanse")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what the app's configuration says; a run that was stopped goes on."""
+    config = context.run_config
+    settings = Settings.read(None, tomllib.loads(str(config["settings"])))
+    serve(grid, settings, Path(str(config["folder"])), str(config.get("names", "")).split())
+
+
+def serve(grid: Any, settings: Settings, folder: Path, names: list[str]) -> None:
+    """The run of ``settings`` in ``folder``, with the clients behind ``grid``."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    parts, seed = one_of_each(settings), settings.seed[0]
+    resume = (folder / SETTINGS).is_file() and not Folder(folder).complete()
+    name = run_name(settings.model_dump(), seed)
+    log.info("run %s %s: %d clients, %d rounds", name, "goes on" if resume else "begins", settings.clients, settings.rounds)
+    with linked(GridPost(grid, names), name):
+        result = run(
+            settings.federation(seed),
+            parts.methods[0],
+            parts.schedules[0],
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            codec=parts.codecs[0],
+            down=parts.down,
+            privacy=parts.privacy,
+            attack=parts.attack,
+            engine=parts.engine,
+            seed=seed,
+            evaluate=settings.evaluate,
+            evaluate_seconds=settings.evaluate_seconds,
+            out=folder,
+            writers=[Lines()],
+            resume=resume,
+        )
+    report = write_report([result], folder, folder.resolve().name)
+    log.info("run %s is over after %d rounds; report: %s", name, len(result.history), report)
+
+
+class Lines:
+    """A line a round in the log."""
+
+    def write(self, record: Any) -> None:
+        """Take one round."""
+        scores = ", ".join(f"{n} {v:.4f}" for n, v in record["metrics"].items())
+        log.info("round %d: %d replies, loss %.4f, %s", record["round"], len(record["cohort"]), record["loss"], scores)
+
+    def close(self) -> None:
+        """No more rounds will come."""
