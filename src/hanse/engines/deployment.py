@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -28,10 +29,10 @@ from hanse.core.streams import Streams
 from hanse.data import Split
 from hanse.engines.base import Arrangement, Engine
 from hanse.engines.downlink import coded
-from hanse.engines.execution import Batch, Executor, Orders
+from hanse.engines.execution import Batch, Executor, Lane, Orders, add
 from hanse.engines.letters import Expected, as_bytes, expectations, upload_in
 from hanse.engines.participant import NOTHING
-from hanse.engines.pending import Result
+from hanse.engines.pending import Collected, Result
 from hanse.engines.rounds import Rounds
 from hanse.engines.simulation import client_state
 from hanse.federation import Federation
@@ -219,14 +220,43 @@ class Deployment(Rounds):
 
     async def ask(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None = None) -> Reply:
         jobs = self._send(clients, work, message, None, math.inf, parts)
-        while bool((self.out["ticket"] >= jobs["ticket"].min(initial=NEVER)).any()):
-            await self.wait(replies=len(jobs))
-        return self.collect(self.arrived[among(self.arrived["ticket"], jobs["ticket"])])
+        lines = self._lines(jobs)
+        lanes = [Lane() for _ in lines]
+        while bool(among(self.out["ticket"], jobs["ticket"]).any()):
+            await self.wait()
+            self._add_up(lines, lanes)
+        self._add_up(lines, lanes)
+        arrived = self.arrived[among(self.arrived["ticket"], jobs["ticket"])]
+        self._remember(arrived)
+        starts = self._starts(self.clock.take(arrived["ticket"]))
+        return self._reply(starts, Collected([lane for lane in lanes if lane.batches], [], None), None)
+
+    def _lines(self, jobs: Jobs) -> list[list[int]]:
+        """In which order the replies of ``jobs`` are added up, lane by lane: that in which a simulation does it."""
+        order = np.lexsort((jobs["client"], -jobs["steps"], jobs["client"] % self.engine.shards))
+        shards = jobs["client"][order] % self.engine.shards
+        return [jobs["ticket"][order][shards == shard].tolist() for shard in range(self.engine.shards)]
+
+    def _add_up(self, lines: list[list[int]], lanes: list[Lane]) -> None:
+        """Add what has come to the sums of its lane as soon as everything before it has; single contributions are not kept."""
+        results = {int(result.batch.tickets): result for result in self.pending.results}
+        for line, lane in zip(lines, lanes, strict=True):
+            while line and line[0] not in self.out["ticket"]:
+                result = results.pop(line.pop(0), None)
+                if result is None:
+                    continue
+                upload = result.batch.upload
+                for name, values in upload.sums.items():
+                    add(lane.sums, name, upload.weight, values)
+                if not self.method.robust:
+                    upload.sums = {}
+                lane.batches.append(result.batch)
+        self.pending.results = [*results.values()]
 
     def collect(self, jobs: Jobs, scale: Tensor | None = None, total: float | None = None) -> Reply:
         self._remember(jobs)
-        order = {int(job["ticket"]): (-int(job["steps"]), int(job["client"])) for job in jobs}
-        self.pending.results.sort(key=lambda result: (result.lane, order.get(int(result.batch.tickets), (0, 0))))
+        place = {ticket: i for i, ticket in enumerate(chain(*self._lines(jobs)))}
+        self.pending.results.sort(key=lambda result: place.get(int(result.batch.tickets), -1))
         return super().collect(jobs, scale, total)
 
     def _remember(self, jobs: Jobs) -> None:
