@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "track": {"core", "data"},
     "config": BELOW | {"federation", "methods", "schedules", "engines"},
     "catalogue": BELOW | {"methods", "schedules", "engines"},
+    "deploy": {"core", "config"},
     "systems": set(),
     "experiment": BELOW | {"federation", "methods", "schedules", "engines", "config", "track"},
     "study": BELOW | {"federation", "methods", "schedules", "engines", "config", "track", "experiment"},
