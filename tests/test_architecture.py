@@ -29,14 +29,13 @@ MAY_IMPORT = {
     "track": {"core", "data"},
     "config": BELOW | {"federation", "methods", "schedules", "engines"},
     "catalogue": BELOW | {"methods", "schedules", "engines"},
-    "deploy": {"core", "config"},
     "systems": set(),
     "experiment": BELOW | {"federation", "methods", "schedules", "engines", "config", "track"},
     "study": BELOW | {"federation", "methods", "schedules", "engines", "config", "track", "experiment"},
 }
 """Module prefixes below ``hanse`` that each room may import besides itself. Rooms left out are entrances and may import all."""
 
-ENTRANCES = {"__init__", "cli", "bench", "reproduce", "parity"}
+ENTRANCES = {"__init__", "cli", "bench", "reproduce", "parity", "deploy"}
 
 
 def room(file: Path) -> str:

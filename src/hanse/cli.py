@@ -186,6 +186,25 @@ def reproduce(
         raise typer.Exit(1)
 
 
+def deploy(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Settings of one run.")],
+    nodes: Annotated[str, typer.Option(help="Names of the clients, with commas between them.", show_default=False)],
+    address: Annotated[str, typer.Option(help="host:port under which clients reach the server.")] = "localhost:8000",
+    out: Annotated[Path | None, typer.Option(help="Folder to write [deploy/ and the file's name]", show_default=False)] = None,
+    days: Annotated[float, typer.Option(help="For how long the certificates last.")] = 365,
+) -> None:
+    """Write a Flower app for real clients, with keys, certificates and the commands that start it all."""
+    from hanse.config import Settings
+    from hanse.deploy.app import write
+    from hanse.deploy.share import deployed
+
+    names = [name.strip() for name in nodes.split(",") if name.strip()]
+    settings = deployed(Settings.read(file, {"clients": len(names)}))
+    folder = out or Path("deploy") / file.stem
+    write(settings, folder, names, address, days)
+    typer.echo(f"written: {folder / 'README.md'} says how to start it", err=True)
+
+
 def parity(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Settings; their first rule, schedule, codec and seed count.")],
     rounds: Annotated[int, typer.Option(help="Rounds of each run.", min=1)] = 3,
@@ -224,6 +243,7 @@ app.command()(resume)
 app.command()(report)
 app.command("list")(list_)
 app.command()(reproduce)
+app.command()(deploy)
 app.command()(parity)
 app.command()(bench)
 

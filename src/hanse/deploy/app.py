@@ -58,6 +58,7 @@ clientapp = "hanse.deploy.client:app"
 
 [tool.flwr.app.config]
 folder = "run"
+names = "{names}"
 settings = {settings}
 """
 
@@ -204,7 +205,9 @@ def write(
         _script(there / "start.sh", NODE.format(quiet=QUIET, name=name, address=where, port=NODE_PORT + i, client=i))
     label = re.sub("[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
     label = f"hanse-{label}"[:32].strip("-")
-    _text(folder / "app" / "pyproject.toml", PYPROJECT.format(name=label, settings=_literal(settings.toml())))
+    _text(
+        folder / "app" / "pyproject.toml", PYPROJECT.format(name=label, names=" ".join(names), settings=_literal(settings.toml()))
+    )
     nodes = "\n".join(f"   `sh nodes/{name}/start.sh /path/to/its/data`" for name in names)
     ports = f"from {NODE_PORT} on"
     text = README.format(

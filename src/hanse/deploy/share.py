@@ -11,6 +11,7 @@ from hanse.config import Parts, Settings
 from hanse.core.errors import ConfigError
 from hanse.core.samples import Samples
 from hanse.data import Split
+from hanse.engines import flower, local
 from hanse.federation import Federation
 
 
@@ -21,6 +22,22 @@ def one_of_each(settings: Settings) -> Parts:
         if len(several) > 1:
             raise ConfigError(f"{name}: {', '.join(map(str, several))} is not allowed in a deployed run: one")
     return settings.parts()
+
+
+def deployed(settings: Settings) -> Settings:
+    """Settings as they are sent to everybody who takes part: with the engine ``flower`` if they name none that can be.
+
+    Raises ``ConfigError`` on what only a simulation can do.
+    """
+    parts = one_of_each(settings)
+    if parts.engine != local() and type(parts.engine) is not flower:
+        raise ConfigError(f"engine: {parts.engine} is not allowed in a deployed run: flower, or nothing")
+    for simulated in ("privacy", "attack"):
+        if getattr(settings, simulated):
+            raise ConfigError(f"{simulated}: {getattr(settings, simulated)} is not allowed in a deployed run: it is simulated")
+    if type(parts.engine) is flower:
+        return settings
+    return settings.model_copy(update={"engine": "flower"})
 
 
 def with_own_data(settings: Settings, client: int, data: Path) -> Federation:
