@@ -68,15 +68,20 @@ class Post(Protocol):
         ...
 
 
+Doing = Literal["ready", "work", "away", "failed", "refused"]
+
+
 @dataclass
 class Standing:
-    """What a client is doing, since when, and why: ``ready``, at ``work``, ``away``, or ``refused``: its last reply was no good."""
+    """What a client is doing, since when, and why: ``ready``, at ``work``, ``away``; its last work ``failed`` there; or its last reply
+    was ``refused`` here.
+    """
 
-    state: Literal["ready", "work", "away", "refused"] = "ready"
+    state: Doing = "ready"
     since: float = field(default_factory=time.time)
     why: str = ""
 
-    def turn(self, state: Literal["ready", "work", "away", "refused"], why: str) -> None:
+    def turn(self, state: Doing, why: str) -> None:
         """From now on."""
         self.state, self.since, self.why = state, time.time(), why
 
@@ -164,7 +169,7 @@ class Deployment(Rounds):
         self.post, self.run, self.grace = post, run, grace
         self.standing = [Standing() for _ in range(self.clients)]
         self.based, self.safe = (np.full(self.clients, NOTHING, dtype=np.int64) for _ in range(2))
-        self.refused = 0
+        self.refused = self.failed = 0
         self._given_up: dict[int, int] = {}
         self._saved = self.based.copy()
         self._looked, self._missed = 0.0, np.full(self.clients, NEVER)
@@ -287,11 +292,14 @@ class Deployment(Rounds):
         self.standing[returned.client].turn("ready", f"replied in round {self.round + 1}")
 
     def _read(self, returned: Returned, work: str) -> Upload | None:
-        """The upload in a reply, or None where it is refused."""
+        """The upload in a reply, or None where there is none, or none to be used."""
         layouts, like = self.problem.layout_of, self.problem.start
+        if returned.data is None:
+            self.failed += 1
+            self.standing[returned.client].turn("failed", returned.why)
+            log.warning("client %d did not do its work of round %d: %s", returned.client, self.round + 1, returned.why)
+            return None
         try:
-            if returned.data is None:
-                raise CodecError(returned.why)
             return upload_in(returned.data, returned.client, self.expected[work], like, self.codec, layouts)
         except CodecError as error:
             self._refuse(returned.client, str(error))

@@ -118,6 +118,7 @@ class GridPost:
         """Flower's numbers of the nodes, by client."""
         self.open: dict[str, tuple[int, int]] = {}
         """Letters and clients, by the message that replies are asked for by."""
+        self.unsent: list[Returned] = []
         self.envelope = 0
         """Bytes sent and received beside letters."""
 
@@ -126,7 +127,7 @@ class GridPost:
         message = records().Message(content, dst_node_id=node, message_type="train", group_id=str(about.get("version", "")))
         (number,) = self.grid.push_messages([message])
         self.envelope += len(json.dumps(about))
-        return str(number)
+        return str(number or "")
 
     def send(self, letter: int, client: int, data: bytes, about: Mapping[str, Any]) -> None:
         """See ``Post``."""
@@ -134,14 +135,18 @@ class GridPost:
             number = self._push(self.nodes[client], data, {**about, "letter": letter, "client": client, "ask": "work"})
         except (ValueError, RuntimeError, OSError) as error:
             log.warning("client %d: what it was sent did not get to the server's link: %s", client, error)
-            number = f"unsent {letter}"
-        self.open[number] = (letter, client)
+            number = ""
+        if number:
+            self.open[number] = (letter, client)
+        else:
+            self.unsent.append(Returned(letter, client, None, "the server's link does not know it any more"))
 
     def collect(self, seconds: float) -> list[Returned]:
         """See ``Post``."""
         end = time.monotonic() + seconds
         while True:
-            found = [Returned(*self._open(m), *content) for m, content in self._pulled([*self.open])]
+            found, self.unsent = self.unsent, []
+            found += [Returned(*self._open(m), *content) for m, content in self._pulled([*self.open])]
             if found or time.monotonic() >= end:
                 return found
             time.sleep(min(SLOW, max(0.0, end - time.monotonic())))
@@ -151,7 +156,7 @@ class GridPost:
 
     def _pulled(self, numbers: list[str]) -> Iterable[tuple[Any, tuple[bytes | None, str]]]:
         """Replies to some messages: the bytes, or why there are none."""
-        for message in self.grid.pull_messages([n for n in numbers if not n.startswith("unsent")]):
+        for message in self.grid.pull_messages(numbers) if numbers else ():
             yield message, self._content(message)
 
     def _content(self, message: Any) -> tuple[bytes | None, str]:
