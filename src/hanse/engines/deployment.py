@@ -73,8 +73,8 @@ Doing = Literal["ready", "work", "away", "failed", "refused"]
 
 @dataclass
 class Standing:
-    """What a client is doing, since when, and why: ``ready``, at ``work``, ``away``; its last work ``failed`` there; or its last reply
-    was ``refused`` here.
+    """What a client is doing, since when, and why: ``ready``, at ``work``, ``away``; or its last work ``failed`` there, or its last
+    reply was ``refused`` here.
     """
 
     state: Doing = "ready"
