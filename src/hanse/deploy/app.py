@@ -193,8 +193,8 @@ The server's results are in `server/run`. If the server stops, start it again, a
   for a new certificate alone.
 - Nodes prove who they are with keys that were registered. A node's key lasts until it is unregistered.
 - **Whoever reaches the SuperLink's own port, {inner}, can submit an app, and an app is a program that runs on the server and on
-  every node**: Flower asks for no password there; nodes' keys are asked for below `/v1/fleet/` alone. So the SuperLink listens to its
-  own machine, which should have no users that are not trusted. The same is true of a node's machine.
+  every node**: Flower asks for no password there; nodes' keys are asked for below `/v1/fleet/` alone. So the SuperLink listens to
+  its own machine, which should have no users that are not trusted. The same is true of a node's machine.
 - A node trusts its server: run it as a user that may read its data and nothing else.
 - Flower's telemetry and its look for updates are off in all scripts, and no script installs packages.
 """
