@@ -75,7 +75,8 @@ class Federation:
             for name in self.names:
                 self.register(name)
                 self.start(name)
-            self.until(lambda: set(self.online()) >= set(self.names), 30, "all nodes online")
+            # What they log costs nothing to look at; each of Flower's commands takes a second of a core.
+            self.until(lambda: all("SuperNode ID" in self.log(name) for name in self.names), 60, "all nodes online")
         except BaseException:
             self.__exit__()
             raise
@@ -180,9 +181,19 @@ class Federation:
         return self.wait(self.submit(app, *options), seconds)
 
     def wait(self, run: int, seconds: float = 60) -> Ended:
-        """The end of a run."""
-        ends = f"Finished task [0-9]+ of run {run}"  # the log costs nothing to look at, 'flwr ls' a second of a core
-        self.until(lambda: re.search(ends, self.log(LINK)) is not None, seconds, f"run {run} is finished")
+        """The end of a run. A ServerApp that was killed is missed by the SuperLink after a minute."""
+        looked = time.monotonic()
+
+        def over() -> bool:
+            nonlocal looked
+            if re.search(f"Finished task [0-9]+ of run {run}", self.log(LINK)):
+                return True
+            if time.monotonic() < looked + 5:
+                return False
+            looked = time.monotonic()
+            return self.status(run)[0] == "finished"
+
+        self.until(over, seconds, f"run {run} is finished")
         _, status, details = self.status(run)
         return Ended(run, status, details, self.flwr("log", str(run), "--show").stdout)
 

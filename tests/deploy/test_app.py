@@ -37,7 +37,10 @@ def test_each_party_gets_what_is_its_own(folder: Path) -> None:
     assert found == sorted(
         ["README.md", "app/pyproject.toml"]
         + [f"nodes/{name}/{file}" for name in ("ada", "bob") for file in [*node, f"{name}.key", f"{name}.pub"]]
-        + [f"server/{file}" for file in ("ca.key", "ca.pem", "flwr.sh", "register.sh", "server.key", "server.pem", "start.sh")]
+        + [
+            f"server/{file}"
+            for file in ("ca.key", "ca.pem", "flwr.sh", "nginx.conf", "register.sh", "server.key", "server.pem", "start.sh")
+        ]
         + ["server/nodes/ada.pub", "server/nodes/bob.pub"]
     )
     private = {file.name for file in folder.rglob("*") if file.is_file() and "PRIVATE KEY" in file.read_text()}
@@ -87,9 +90,25 @@ def test_scripts_are_sound(folder: Path) -> None:
         if re.search("^ *(exec )?fl", text, re.M):
             assert "FLWR_TELEMETRY_ENABLED=0" in text and "FLWR_DISABLE_UPDATE_CHECK=1" in text
     start = (folder / "server" / "start.sh").read_text()
-    for option in ("--enable-supernode-auth", "--disable-runtime-dependency-installation", "--database state.db", "--port 8443"):
+    for option in (
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        "--database state.db",
+        '--host "${HOST:-127.0.0.1}" --port "${PORT:-8444}"',
+    ):
         assert option in start
     assert "--insecure" not in "".join(script.read_text() for script in scripts)
+
+
+def test_only_what_nodes_ask_for_is_let_in(folder: Path, tmp_path: Path) -> None:
+    gate = (folder / "server" / "nginx.conf").read_text()
+    assert "listen 8443 ssl;" in gate and "proxy_pass https://127.0.0.1:8444;" in gate
+    assert re.findall(r"location (\S+)", gate) == ["/v1/fleet/", "/"] and "return 403;" in gate
+    assert gate.count("{") == gate.count("}")
+    app.write(SETTINGS, tmp_path / "here", ["ada", "bob"], "localhost:9000", now=NOW)
+    assert not (tmp_path / "here" / "server" / "nginx.conf").exists()
+    assert "nginx" not in (tmp_path / "here" / "README.md").read_text()
+    assert "${PORT:-9000}" in (tmp_path / "here" / "server" / "start.sh").read_text()
 
 
 def test_nodes_of_one_machine_do_not_collide(folder: Path) -> None:

@@ -71,7 +71,8 @@ def test_the_folder_works_as_its_readme_says(tmp_path: Path) -> None:
             running.append(begin(node.replace("/path/to/its/data", str(tmp_path / name)), f"{name}.log", PORT=str(port)))
         _until(lambda: "Uvicorn running" in (tmp_path / "server.log").read_text(), "the server is there")
         assert say(register).count("registered successfully") == 2
-        _until(lambda: say("server/flwr.sh supernode list").count("online") >= 2, "both nodes are there, after they were refused")
+        taken = [tmp_path / "ada.log", tmp_path / "bob.log"]
+        _until(lambda: all("SuperNode ID" in log.read_text() for log in taken), "both nodes are there, if refused at first")
         found = echoes(say(run))
         assert {name: (seen["told"], seen["data"]) for name, seen in found.items()} == {
             n: (n, str(tmp_path / n)) for n in ("ada", "bob")

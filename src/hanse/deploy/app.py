@@ -9,6 +9,9 @@ in the folder         what it is                                                
 ``nodes/<name>/``     the node's private key, the authority's certificate, a script           that node
 ====================  ======================================================================  =========================
 
+Whoever reaches a SuperLink's port may submit programs to all; node authentication covers the paths below ``/v1/fleet/`` alone. So
+it listens to its own machine, and where nodes come from elsewhere ``server/nginx.conf`` passes them those paths and no others.
+
 ``flwr run`` bundles files below ``app/``, which holds ``pyproject.toml`` and nothing else: keys lie beside it, never in it.
 
 The app's components are ``hanse.deploy.server:app`` and ``hanse.deploy.client:app``. They find in the run's configuration
@@ -64,11 +67,11 @@ settings = {settings}
 
 START = """\
 #!/bin/sh
-# The SuperLink. What it must remember is in state.db; packages of an app are never installed.
+# The SuperLink, for this machine alone. What it must remember is in state.db; packages of an app are never installed.
 cd "$(dirname "$0")" || exit
 {quiet}
 mkdir -p flower
-exec flower-superlink --host {host} --port {port} --database state.db \\
+exec flower-superlink --host "${{HOST:-127.0.0.1}}" --port "${{PORT:-{inner}}}" --database state.db \\
   --ssl-ca-certfile ca.pem --ssl-certfile server.pem --ssl-keyfile server.key \\
   --enable-supernode-auth --disable-runtime-dependency-installation
 """
@@ -84,10 +87,45 @@ cat > flower/config.toml <<END
 default = "hanse"
 
 [superlink.hanse]
-address = "127.0.0.1:{port}"
+address = "127.0.0.1:${{PORT:-{inner}}}"
 root-certificates = "$PWD/ca.pem"
 END
 exec flwr "$@"
+"""
+
+NGINX = """\
+# nginx between the nodes and the SuperLink: it passes what nodes ask for, /v1/fleet/, and nothing else.
+daemon off;
+pid nginx.pid;
+events {{ }}
+http {{
+  access_log off;
+  client_max_body_size 0;
+  client_body_temp_path nginx-body;
+  proxy_temp_path nginx-proxy;
+  fastcgi_temp_path nginx-fastcgi;
+  uwsgi_temp_path nginx-uwsgi;
+  scgi_temp_path nginx-scgi;
+  server {{
+    listen {port} ssl;
+    listen [::]:{port} ssl;
+    ssl_certificate server.pem;
+    ssl_certificate_key server.key;
+    location /v1/fleet/ {{
+      proxy_pass https://127.0.0.1:{inner};
+      proxy_ssl_name localhost;
+      proxy_ssl_verify on;
+      proxy_ssl_trusted_certificate ca.pem;
+      proxy_http_version 1.1;
+      proxy_request_buffering off;
+      proxy_buffering off;
+      proxy_read_timeout 600;
+    }}
+    location / {{
+      return 403;
+    }}
+  }}
+}}
 """
 
 REGISTER = """\
@@ -97,7 +135,7 @@ cd "$(dirname "$0")" || exit
 for key in nodes/*.pub; do
   sh flwr.sh supernode register "$key" --name "$(basename "$key" .pub)" || failed=1
 done
-exit ${{failed:-0}}
+exit ${failed:-0}
 """
 
 NODE = """\
@@ -127,15 +165,15 @@ A federation of {count} nodes on Flower {flower}. On every machine: Python 3.11 
 1. `server/` stays on the server, which the nodes must reach as `{address}`. Every folder in `nodes/` goes to its node, over a way
    that nobody else reads, and is then deleted here: it holds the node's private key. (A node may also make its own:
    `ssh-keygen -t ecdsa -b 384 -N '' -C '' -f NAME.key`, and send `NAME.key.pub`, which becomes `server/nodes/NAME.pub`.)
-2. On the server: `sh server/start.sh`, and in a second terminal, once: `sh server/register.sh`
+2. On the server: `sh server/start.sh`, and in a second terminal, once: `sh server/register.sh`{gate}
 3. On each node, with its data:
 
 {nodes}
 
 4. On the server: `sh server/flwr.sh run ../app --stream`
 
-Each script is a few lines around one of Flower's own commands. For a try, all of it works on one machine: nodes listen on
-different ports, {ports}, which only their own machine sees.
+Each script is a few lines around one of Flower's own commands. Several nodes may run on one machine: each listens to
+a port of its own, {node_port} and the next ones, which only that machine sees.
 
 ## See and stop
 
@@ -155,11 +193,18 @@ The server's results are in `server/run`. If the server stops, start it again, a
 - Everything travels under TLS with a certificate of your own authority, good until {until}. Put `server/ca.key` away: it is needed
   for a new certificate alone.
 - Nodes prove who they are with keys that were registered. A node's key lasts until it is unregistered.
-- **Whoever reaches port {port} can submit an app, and an app is a program that runs on the server and on every node**: Flower asks
-  for no password on that port. Let nothing but the nodes reach it (a firewall, a private network), and at best let a proxy pass
-  `/v1/fleet/` alone, which is all that nodes ask for.
+- **Whoever reaches the SuperLink's own port, {inner}, can submit an app, and an app is a program that runs on the server and on
+  every node**: Flower asks for no password there; nodes' keys are asked for below `/v1/fleet/` alone. So the SuperLink listens to
+  its own machine, which should have no users that are not trusted. The same is true of a node's machine.
 - A node trusts its server: run it as a user that may read its data and nothing else.
 - Flower's telemetry and its look for updates are off in all scripts, and no script installs packages.
+"""
+
+
+GATE = """
+
+   In a third, nginx (1.19.5 or newer) lets nodes in from outside, and nobody to anything else:
+   `nginx -e stderr -p server -c nginx.conf`
 """
 
 
@@ -194,9 +239,13 @@ def write(
     keys.server(own, list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), days, now)
     until = keys.check_server(own, [host], now)
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    _script(own / "start.sh", START.format(quiet=QUIET, host="'::'" if ":" in host else "0.0.0.0", port=port))
-    _script(own / "flwr.sh", FLWR.format(quiet=QUIET, port=port))
-    _script(own / "register.sh", REGISTER.format())
+    alone = host == "localhost" or host == "::1" or host.startswith("127.")
+    inner = port if alone else port + 1
+    _script(own / "start.sh", START.format(quiet=QUIET, inner=inner))
+    _script(own / "flwr.sh", FLWR.format(quiet=QUIET, inner=inner))
+    _script(own / "register.sh", REGISTER)
+    if not alone:
+        _text(own / "nginx.conf", NGINX.format(port=port, inner=inner))
     for i, name in enumerate(names):
         there = folder / "nodes" / name
         keys.node(there, name)
@@ -209,9 +258,16 @@ def write(
         folder / "app" / "pyproject.toml", PYPROJECT.format(name=label, names=" ".join(names), settings=_literal(settings.toml()))
     )
     nodes = "\n".join(f"   `sh nodes/{name}/start.sh /path/to/its/data`" for name in names)
-    ports = f"from {NODE_PORT} on"
     text = README.format(
-        name=label, count=len(names), flower=FLOWER, address=where, nodes=nodes, ports=ports, until=f"{until:%Y-%m-%d}", port=port
+        name=label,
+        count=len(names),
+        flower=FLOWER,
+        gate="" if alone else GATE,
+        address=where,
+        nodes=nodes,
+        node_port=NODE_PORT,
+        until=f"{until:%Y-%m-%d}",
+        inner=inner,
     )
     _text(folder / "README.md", text)
 
@@ -220,7 +276,7 @@ def _address(address: str) -> tuple[str, int]:
     """Host and port; an IPv6 address with a port is in brackets."""
     found = re.fullmatch(r"\[(?P<six>[0-9A-Fa-f:.]+)\](:(?P<p>\d+))?|(?P<host>[A-Za-z0-9.-]+)(:(?P<port>\d+))?", address)
     port = int((found["p"] or found["port"] or PORT) if found else 0)
-    if found is None or not 0 < port < 65536:
+    if found is None or not 0 < port < 65535:
         raise ConfigError(
             f"address: {address!r} is not allowed: host:port, e.g. training.example.org:{PORT} or [2001:db8::1]:{PORT}"
         )

@@ -15,7 +15,7 @@ file                  what it is                                             who
 ``<node>.pub``        its public key                                         the server, to register it
 ====================  =====================================================  ==========================
 
-A node's key has no date on it: Flower takes it until it is unregistered. Needs the extra ``flower`` (or ``privacy``).
+A node's key has no date on it: Flower takes it until it is unregistered. Needs the extra ``flower``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hanse.core.errors import ConfigError, MissingExtraError
 
-from hanse.core.errors import ConfigError
+try:
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+except ImportError:
+    raise MissingExtraError("a federation's keys", "flower") from None
 
 Key = ec.EllipticCurvePrivateKey
 EARLY = timedelta(minutes=5)
