@@ -31,9 +31,6 @@ from hanse.federation import Federation
 TRIES = 20
 """How often an actor's work is repeated before the run ends; until Ray knows that a node is gone, it takes some tries a second."""
 
-ALONE: dict[str, Any] = {"include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}}
-"""How Ray starts on this machine: what this process can import, its actors can."""
-
 Bytes = NDArray[np.uint8]
 
 
@@ -67,6 +64,11 @@ class ray(Engine):
         return Remote(executor, Actors(recipe, shards, self))
 
 
+def alone() -> dict[str, Any]:
+    """How Ray starts on this machine: what this process can import, its actors can."""
+    return {"include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}}
+
+
 def connected(address: str | None) -> Any:
     """The module ``ray`` with a cluster behind it; raises ``MissingExtraError`` or ``ConfigError`` without the one or the other."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -79,7 +81,7 @@ def connected(address: str | None) -> Any:
     if not ray.is_initialized():
         IDLE.clear()
         try:
-            ray.init(address=address, logging_level=logging.WARNING, **({} if address else ALONE))
+            ray.init(address=address, logging_level=logging.WARNING, **({} if address else alone()))
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"ray.address: {address!r} is not allowed: no cluster answers there: {error}") from None
     return ray
