@@ -208,13 +208,14 @@ def deploy(
 def parity(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Settings; their first rule, schedule, codec and seed count.")],
     rounds: Annotated[int, typer.Option(help="Rounds of each run.", min=1)] = 3,
+    clients: Annotated[int, typer.Option(help="Clients of each run, at most; with Flower each is a process.", min=1)] = 3,
     json_: Json = False,
 ) -> None:
     """Run the same in every engine that is installed and say whether histories and weights agree; fails where they do not."""
     from hanse.config import Settings
     from hanse.parity import parity as compare
 
-    found = compare(Settings.read(file, {}), rounds)
+    found = compare(Settings.read(file, {}), rounds, clients)
     if json_:
         typer.echo(json.dumps([verdict._asdict() for verdict in found]))
     else:

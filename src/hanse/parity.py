@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from hanse.config import Parts, Settings
-from hanse.engines import local, processes, ray
+from hanse.core.gradients import paths
+from hanse.engines import Engine, flower, local, processes, ray
 from hanse.experiment import run
 from hanse.track.run import Run
 
@@ -28,46 +30,67 @@ class Verdict(NamedTuple):
     text: str
 
 
-def parity(settings: Settings, rounds: int) -> list[Verdict]:
-    """Run the first rule, schedule, codec and seed of ``settings`` for ``rounds`` rounds in every engine, and compare."""
+def parity(settings: Settings, rounds: int, clients: int) -> list[Verdict]:
+    """Run the first rule, schedule, codec and seed of ``settings`` for ``rounds`` rounds in every engine, and compare.
+
+    There are at most ``clients`` clients, because each is a process of its own in a real federation, and nothing takes virtual time.
+    """
+    one = {name: getattr(settings, name)[:1] for name in ("method", "schedule", "codec", "seed")}
+    small = {"clients": min(settings.clients, clients), "rounds": rounds, "fleet": "ideal", "evaluate": 1, "seconds": None}
+    settings = settings.model_copy(update={**one, **small, "evaluate_seconds": None, "track": ()})
     parts = settings.parts()
-    ways = [fixed(settings, parts)] if parts.engine.path is None else [parts.engine.path]
-    how: dict[str, Any] = {"path": ways[0], "chunk": 1, "workers": 2, "shards": 2, "threads": 1, "shortcuts": False}
-    how["precision"] = parts.engine.precision
-    runs: dict[str, Callable[[], Run]] = {
-        "local": lambda: _run(settings, parts, local(**how), rounds),
-        "processes": lambda: _run(settings, parts, processes(**how), rounds),
-        "ray": lambda: _run(settings, parts, ray(**how, cpus=0.5), rounds),
-    }
+    path = parts.engine.path or first_path(settings, parts)
+    how: dict[str, Any] = {"path": path, "shards": 2, "threads": 1, "precision": parts.engine.precision}
+    alone = {**how, "chunk": 1, "workers": 2, "shortcuts": False}
+    engines = {"local": local(**alone), "processes": processes(**alone), "ray": ray(**alone, cpus=0.5), "flower": flower(**how)}
     first: Run | None = None
     found = []
-    for name, go in runs.items():
-        if name in ("ray", "flower") and find_spec({"flower": "flwr"}.get(name, name)) is None:
-            found.append(Verdict(name, None, 0.0, f"not installed: pip install 'hanse[{name}]'"))
+    for name, engine in engines.items():
+        why = _why_not(name, settings, parts)
+        if why:
+            found.append(Verdict(name, None, 0.0, why))
             continue
         began = time.monotonic()
-        result = go()
-        seconds = time.monotonic() - began
+        result = _run(settings, parts, engine)
         first = first or result
-        found.append(_judge(name, result, first, seconds))
+        found.append(_judge(name, result, first, time.monotonic() - began))
     return found
 
 
-def fixed(settings: Settings, parts: Parts) -> str:
-    """The first way to compute gradients that the model allows."""
-    from hanse.core.gradients import paths
+PACKAGES = {"ray": "ray", "flower": "flwr"}
 
+
+def _why_not(engine: str, settings: Settings, parts: Parts) -> str:
+    """Why a run is not made in an engine; empty where it is."""
+    if engine in PACKAGES and find_spec(PACKAGES[engine]) is None:
+        return f"not installed: pip install 'hanse[{engine}]'"
+    if engine != "flower":
+        return ""
+    if settings.privacy or settings.attack:
+        return "not compared: privacy and attacks are simulated"
+    if not parts.schedules[0].barrier:
+        return f"not compared: who is first decides what {parts.schedules[0].short_name} does, and time is real there"
+    return ""
+
+
+def first_path(settings: Settings, parts: Parts) -> str:
+    """The first way to compute gradients that rule and model allow."""
     problem = settings.federation(settings.seed[0]).problem
     return next(iter(paths(problem, parts.engine.precision == "bf16"))) if parts.methods[0].batched else "loop"
 
 
-def _run(settings: Settings, parts: Parts, engine: Any, rounds: int) -> Run:
+def _run(settings: Settings, parts: Parts, engine: Engine) -> Run:
+    if isinstance(engine, flower):
+        from hanse.deploy.here import run as run_here
+
+        with tempfile.TemporaryDirectory(prefix="hanse-parity-") as folder:
+            return run_here(settings.model_copy(update={"engine": engine.full()}), Path(folder))
     seed = settings.seed[0]
     return run(
         settings.federation(seed),
         parts.methods[0],
         parts.schedules[0],
-        rounds=rounds,
+        rounds=settings.rounds,
         codec=parts.codecs[0],
         down=parts.down,
         privacy=parts.privacy,

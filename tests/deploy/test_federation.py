@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("flwr")
 pytest.importorskip("cryptography")
-from federation import BIN, LINK, Federation, _free_ports
 
 from hanse.config import Settings
 from hanse.deploy import app
+from hanse.deploy.here import BIN, LINK, OnThisMachine, free_ports
 
 ECHO = Path(__file__).parent / "echo"
 
@@ -28,7 +28,7 @@ def echoes(log: str) -> dict[str, dict[str, object]]:
 
 def test_bytes_go_there_and_back(tmp_path: Path) -> None:
     """To every node and back, whole; a client that fails is told of; and nothing is left running."""
-    with Federation(tmp_path, config={"ada": "data='/data of/ada'", "bob": "fails=true"}) as federation:
+    with OnThisMachine(tmp_path, config={"ada": "data='/data of/ada'", "bob": "fails=true"}) as federation:
         ended = federation.run(ECHO, "--run-config", "size=6000000")
         assert (ended.status, ended.details) == ("completed", "N/A"), ended
         found = echoes(ended.log)
@@ -41,7 +41,7 @@ def test_bytes_go_there_and_back(tmp_path: Path) -> None:
 
 def test_the_folder_works_as_its_readme_says(tmp_path: Path) -> None:
     """Every command of README.md, in its order, on one machine; the app's components are an echo's."""
-    folder, home, ports = tmp_path / "two", tmp_path / "home", _free_ports(3)
+    folder, home, ports = tmp_path / "two", tmp_path / "home", free_ports(3)
     app.write(Settings(clients=2), folder, ["ada", "bob"], f"localhost:{ports[0]}", days=1)
     pyproject = folder / "app" / "pyproject.toml"
     text = re.sub(r"hanse\.deploy\.(server|client):app", r"echo_\1:app", pyproject.read_text())

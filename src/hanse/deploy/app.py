@@ -252,11 +252,7 @@ def write(
         _text(own / "nodes" / f"{name}.pub", (there / f"{name}.pub").read_text())
         _text(there / "ca.pem", (own / "ca.pem").read_text())
         _script(there / "start.sh", NODE.format(quiet=QUIET, name=name, address=where, port=NODE_PORT + i, client=i))
-    label = re.sub("[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
-    label = f"hanse-{label}"[:32].strip("-")
-    _text(
-        folder / "app" / "pyproject.toml", PYPROJECT.format(name=label, names=" ".join(names), settings=_literal(settings.toml()))
-    )
+    label = bundle(settings, folder / "app", names)
     nodes = "\n".join(f"   `sh nodes/{name}/start.sh /path/to/its/data`" for name in names)
     text = README.format(
         name=label,
@@ -270,6 +266,14 @@ def write(
         inner=inner,
     )
     _text(folder / "README.md", text)
+
+
+def bundle(settings: Settings, folder: Path, names: Sequence[str]) -> str:
+    """Write what ``flwr run`` takes into ``folder``, and nothing else; what Flower calls the app."""
+    label = re.sub("[^a-z0-9]+", "-", folder.resolve().parent.name.lower()).strip("-")
+    label = f"hanse-{label}"[:32].strip("-")
+    _text(folder / "pyproject.toml", PYPROJECT.format(name=label, names=" ".join(names), settings=_literal(settings.toml())))
+    return label
 
 
 def _address(address: str) -> tuple[str, int]:

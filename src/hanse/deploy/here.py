@@ -1,6 +1,6 @@
 """A real federation of Flower's processes on this machine: a SuperLink, SuperNodes, TLS, keys that are registered.
 
-    with Federation(folder, nodes=["ada", "bob"]) as federation:
+    with OnThisMachine(folder, nodes=["ada", "bob"]) as federation:
         ended = federation.run(app)
         assert ended.status == "completed", ended.log
 
@@ -25,7 +25,12 @@ from typing import IO, NamedTuple, Self
 
 import psutil
 
+from hanse.config import Settings
+from hanse.core.errors import TransportError
 from hanse.deploy import keys
+from hanse.deploy.app import bundle
+from hanse.track.folder import Folder
+from hanse.track.run import Run
 
 BIN = Path(sys.executable).parent
 LINK = "superlink"
@@ -40,7 +45,7 @@ class Ended(NamedTuple):
     log: str
 
 
-class Federation:
+class OnThisMachine:
     """The processes of a federation, to be started, submitted to, hurt and stopped."""
 
     def __init__(
@@ -59,7 +64,7 @@ class Federation:
         """
         self.folder, self.names, self.secure, self.database = folder.resolve(), list(nodes), secure, database
         self.config, self.poll, self.extra = config, poll, environment
-        self.ports = dict(zip([LINK, *nodes], _free_ports(1 + len(self.names)), strict=True))
+        self.ports = dict(zip([LINK, *nodes], free_ports(1 + len(self.names)), strict=True))
         self.running: dict[str, psutil.Popen] = {}
         self.ids: dict[str, int] = {}
         self.keys = self.folder / "keys"
@@ -276,7 +281,7 @@ class _gone:
         return kind is not None and issubclass(kind, psutil.Error | ProcessLookupError)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:
@@ -291,3 +296,17 @@ def _free_ports(count: int) -> list[int]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def run(settings: Settings, folder: Path, seconds: float = 600) -> Run:
+    """The run of ``settings`` as a real federation of this machine's processes, in ``folder``, a node for every client.
+
+    Raises ``TransportError`` with the end of the server's log where it does not complete.
+    """
+    names = [f"client{i}" for i in range(settings.clients)]
+    bundle(settings, folder / "app", names)
+    with OnThisMachine(folder, names, config={name: f"client={i}" for i, name in enumerate(names)}) as federation:
+        ended = federation.run(folder / "app", seconds=seconds)
+    if ended.status != "completed":
+        raise TransportError(f"flower: the run {ended.status}: {ended.log.strip()[-2000:]}")
+    return Folder(folder / LINK / "run").read()
