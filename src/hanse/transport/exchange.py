@@ -306,7 +306,7 @@ class Inbox:
         plan, receiver = incoming.plan, incoming.receiver
         pending: deque[tuple[Frame, Future[bytes | None] | None]] = deque()  # None: it had arrived before
 
-        def settle() -> Ack | None:
+        def settle() -> Ack:
             frame, checked = pending.popleft()
             if checked is None:
                 return receiver.ack()
@@ -316,9 +316,7 @@ class Inbox:
             return receiver.settle(frame, digest)
 
         def answer() -> None:
-            ack = settle()
-            if ack:
-                channel.send(ack.pack())
+            channel.send(settle().pack())
 
         try:
             while True:
@@ -341,6 +339,7 @@ class Inbox:
             while pending:
                 with suppress(OSError):
                     settle()
+            receiver.cut()
 
     def _fetch(self, channel: Channel, frame: Frame, target: memoryview) -> Callable[[], None] | None:
         """See to it that the payload gets into ``target``; what is left to do in another thread."""

@@ -3,6 +3,8 @@
     chunk    magic u32, version u8, flags u8, slot u16, job u64, round u32, stream u32, index u32, count u32, length u32, crc32 u32
     ack      stream u32, base u32 (all chunks below have arrived), bitmap u64 (which of base .. base + 63 have)
 
+The lowest bit of the bitmap stands for the first chunk that has not arrived; it is set in the answer to a damaged one.
+
 Little-endian. A control message is a chunk with the flag ``CONTROL`` whose payload is JSON. No stream has the magic for a number,
 so the first four bytes tell an acknowledgement from a chunk. The checksum covers the payload and the fields from ``job`` to
 ``length``: a chunk that is put in another's place is damaged. It leaves out flags and slot, which say how the payload travels and
@@ -96,6 +98,11 @@ class Ack(NamedTuple):
     base: int
     bitmap: int
 
+    @property
+    def damaged(self) -> bool:
+        """Whether it answers a chunk that arrived damaged."""
+        return bool(self.bitmap & 1)
+
     def pack(self) -> bytes:
         """16 bytes."""
         return ACK.pack(*self)
@@ -106,7 +113,7 @@ class Ack(NamedTuple):
         if len(data) != ACK.size:
             raise CodecError(f"an acknowledgement of {len(data)} bytes; {ACK.size} are one")
         ack = cls(*ACK.unpack(data))
-        if ack.number == MAGIC or ack.bitmap & 1:  # the lowest bit is that of base, which is the first that has not arrived
+        if ack.number == MAGIC:
             raise CodecError(f"{bytes(data)!r} is no acknowledgement")
         return ack
 

@@ -69,9 +69,9 @@ class Listener:
     """Waits for peers at ``address``, in threads of its own, and collects what they send.
 
     ``limit``: bytes of streams that are not whole or not fetched yet; more is refused before any of it is taken. ``memory`` gives
-    the memory of each stream; with ``folder`` streams that are not whole lie there, and outlast this process. ``pool``: bytes of shared
-    memory a connection may have at most. ``tls``: a context for servers. ``peers``: connections at a time; ``patience``: seconds
-    after which a peer that owes something is given up. Raises ``TransportError`` where the address cannot be had.
+    the memory of each stream; with ``folder`` streams that are not whole lie there, and outlast this process. ``pool``: bytes of
+    shared memory a connection may have at most. ``tls``: a context for servers. ``peers``: connections at a time; ``patience``:
+    seconds after which a peer that owes something is given up. Raises ``TransportError`` where the address cannot be had.
     """
 
     def __init__(

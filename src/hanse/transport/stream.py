@@ -5,9 +5,9 @@ A ``Sender`` holds at most W chunks that are prepared and not acknowledged; ever
 Whoever drives it gives it chunks (``hold``), asks it for frames (``next``), tells it what comes back (``acknowledged``) and what
 time it is. A ``Receiver`` says where in the stream's memory a payload goes (``place``) and what to answer to it (``settle``).
 
-Chunks and acknowledgements travel in order, so a chunk is lost when one that was sent after it has arrived; the last ones in flight
-are lost when nothing has come back for a while (the timer of RFC 6298, section 5, with timeout = 4 RTT + bytes in flight / B). A
-channel that reorders makes it send too much, never something wrong.
+Chunks and acknowledgements travel in order, so a chunk is lost when its answer says so or when one that was sent after it has
+arrived; the last ones in flight are lost when nothing has come back for a while (the timer of RFC 6298, section 5, with timeout =
+4 RTT + bytes in flight / B). A channel that reorders makes it send too much, never something wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hanse.core.errors import CodecError, ConfigError
 from hanse.transport.frames import INLINE, LONGEST_CHUNK, MAGIC, MOST_CHUNKS, WIDEST, Ack, Frame, Name, checksum
 
 DIGESTS = ("sha256", "crc32")
+_MOST_DOUBLINGS = 5
 _WORD = (1 << WIDEST) - 1
 
 
@@ -169,9 +170,9 @@ class Arrived:
     def news(self, ack: Ack) -> list[int]:
         """The chunks of ``ack`` that are not in it. Raises ``CodecError`` if there are no such chunks."""
         if ack.base + ack.bitmap.bit_length() > self.count:
-            raise CodecError(f"chunk {ack.base + ack.bitmap.bit_length() - 1} of {self.count} is acknowledged")
+            raise CodecError(f"chunk {ack.base + max(0, ack.bitmap.bit_length() - 1)} of {self.count} is acknowledged")
         below = [i for i in range(self.base, ack.base) if i not in self]
-        above = [ack.base + k for k in range(ack.bitmap.bit_length()) if ack.bitmap >> k & 1]
+        above = [ack.base + k for k in range(1, ack.bitmap.bit_length()) if ack.bitmap >> k & 1]
         return below + [i for i in above if i not in self]
 
     def pack(self) -> bytes:
@@ -233,13 +234,14 @@ class Pace:
 
 @dataclass
 class Counters:
-    """What a stream took: ``chunks`` were sent, of which ``resent`` not for the first time, and ``acks`` came back.
+    """What a stream took: ``chunks`` were sent, ``resent`` of them not for the first time; ``acks`` came back, for ``damaged`` too.
 
     ``wire`` bytes of these went over the connection, ``control`` of messages beside them; ``peak`` chunks were in flight at most.
     """
 
     chunks: int = 0
     resent: int = 0
+    damaged: int = 0
     acks: int = 0
     wire: int = 0
     control: int = 0
@@ -291,8 +293,8 @@ class Sender:
             any(i in self.arrived and i not in arrived for i in range(arrived.base, self.plan.count)) if self.arrived else False
         )
         self._flying.clear()
-        self._bytes = 0
-        self._doublings = 0
+        self._bytes = self._doublings = 0
+        self.forgive()
         self.arrived = arrived
         if missing:
             self.held.clear()
@@ -349,6 +351,7 @@ class Sender:
     def acknowledged(self, ack: Ack, now: float) -> int:
         """How many chunks need not be held any more. Raises ``CodecError`` if it names chunks that were not sent."""
         self.counters.acks += 1
+        self.counters.damaged += ack.damaged
         if ack.number != self.plan.name.number:
             return 0  # of a stream before this one
         news = self.arrived.news(ack)
@@ -366,6 +369,9 @@ class Sender:
             heapq.heapify(self._unsent)
             for index in [i for i, serial in self._flying.items() if serial < last]:
                 self._lose(index)
+        if ack.damaged and self._flying:
+            self._since = now
+            self._lose(next(iter(self._flying)))  # the oldest: answers come in the order of the chunks
         return len(news)
 
     def forgive(self) -> None:
@@ -375,7 +381,7 @@ class Sender:
             held.failed = 0
 
     def _timeout(self) -> float:
-        return self.pace.timeout(self._bytes) * float(1 << self._doublings)
+        return self.pace.timeout(self._bytes) * float(1 << min(self._doublings, _MOST_DOUBLINGS))
 
     def _land(self, index: int) -> int:
         serial = self._flying.pop(index, -1)
@@ -423,11 +429,13 @@ class Receiver:
         self._landing.add(index)
         return self.memory[span]
 
-    def settle(self, frame: Frame, digest: bytes | None) -> Ack | None:
-        """The answer to a chunk that was checked: ``digest`` as ``verified`` gives it. None to a damaged one."""
+    def settle(self, frame: Frame, digest: bytes | None) -> Ack:
+        """The answer to a chunk that was checked; ``digest`` as ``verified`` gives it."""
         self._landing.discard(frame.index)
         if digest is None:
-            return None
+            self.counters.damaged += 1
+            ack = self.ack()
+            return ack._replace(bitmap=ack.bitmap | 1)
         self.arrived.add(frame.index)
         self.digests[frame.index] = digest
         return self.ack()
@@ -436,6 +444,10 @@ class Receiver:
         """What it has."""
         self.counters.acks += 1
         return self.arrived.ack(self.plan.name.number)
+
+    def cut(self) -> None:
+        """No chunk is on its way any more; those that were placed and not settled never will be."""
+        self._landing.clear()
 
     @property
     def digest(self) -> str:
