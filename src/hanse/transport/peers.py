@@ -36,7 +36,7 @@ from hanse.transport.frames import WIDEST, Name, Said, control
 from hanse.transport.handshake import admit, enter, token_bytes
 from hanse.transport.sources import Source
 from hanse.transport.stream import Counters, Pace, Plan
-from hanse.transport.tcp import Address, Channel, dial, listen
+from hanse.transport.tcp import Address, Channel, Gone, dial, listen
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,11 @@ class Listener:
         outbox = Outbox(self._ways)
         try:
             while True:
-                message = channel.control(channel.frame(forever=True))
+                try:
+                    frame = channel.frame(forever=True)
+                except Gone:
+                    return
+                message = channel.control(frame)
                 if message.say == "open":
                     incoming = inbox.receive(channel, message)
                     if incoming:

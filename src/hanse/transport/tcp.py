@@ -18,6 +18,10 @@ _MOST_PARTS = 512  # of one sendmsg; the system takes 1024
 _MAGIC = MAGIC.to_bytes(4, "little")
 
 
+class Gone(ConnectionResetError):
+    """The other end has closed the connection, and not in the middle of something."""
+
+
 class Channel:
     """A connection. Everything raises ``OSError`` when it is gone or has stood still for ``patience`` seconds.
 
@@ -66,11 +70,12 @@ class Channel:
 
     def fill(self, view: memoryview) -> None:
         """Receive exactly as much as ``view`` holds."""
-        self.received += len(view)
+        size = len(view)
+        self.received += size
         while len(view):
             got = self._sock.recv_into(view)
             if not got:
-                raise ConnectionResetError("the connection was closed")
+                raise (Gone if len(view) == size else ConnectionResetError)("the connection was closed")
             view = view[got:]
 
     def ready(self, seconds: float | None = 0.0, wake: int | None = None) -> bool:
