@@ -14,6 +14,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hanse.core.errors import CodecError, ConfigError, TransportError
 from hanse.transport.frames import Frame, Name, control
@@ -21,7 +23,7 @@ from hanse.transport.handshake import enter
 from hanse.transport.peers import Link, Listener
 from hanse.transport.proxy import Conditions, Proxy
 from hanse.transport.sources import Source, content, message
-from hanse.transport.stream import Pace
+from hanse.transport.stream import Pace, Plan, prepared
 from hanse.transport.tcp import dial
 from tests.transport.processes import TOKEN, Receiver
 
@@ -263,6 +265,93 @@ def test_streams_that_cannot_be_are_refused_and_the_door_stays_open(broken):
         channel.send(control(Name(1, 0, 0), "open", **right))
         assert channel.control().say == "go"
         channel.close()
+
+
+def opened(far, ways=()):
+    """A connection that has announced a stream of 10 bytes in chunks of 5, and the answer."""
+    channel = dial(far.address, patience=5.0)
+    enter(channel, 1, TOKEN)
+    channel.send(control(Name(1, 0, 0), "open", size=10, chunk=5, digest="sha256", window=2, ways=list(ways)))
+    return channel, channel.control()
+
+
+def frame(index=0, count=2, length=5, job=1, round=0, flags=0, slot=0):
+    return Frame(flags, slot, Name(job, round, 0), index, count, length, 0).pack()
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"x" * 40, "not a chunk"),
+        (frame()[:4] + b"\x02" + frame()[5:], "version 2 of the protocol; 1 is spoken"),
+        (frame()[:5] + b"\x09" + frame()[6:], "flags 9 of a chunk are unknown"),
+        (frame(index=2, count=3), "chunk 2 of 3 with 5 bytes; there are 2"),
+        (frame(length=4), "chunk 0 of 2 with 4 bytes"),
+        (frame(job=2), "a chunk of job 2"),
+        (frame(round=7), "a chunk of job 1, stream 0 of round 7"),
+        (frame(flags=2), "a chunk in shared memory, of which there is none"),
+        (frame(flags=3), "a chunk by UCX, which is not used here"),
+        (control(Name(1, 0, 0), "open"), "'open' of stream 0 of round 0 must not come now"),
+        (control(Name(1, 0, 0), "done", digest="00"), "stream 0 of round 0 is done after 0 of 2 chunks"),
+        (frame()[:17], "the connection was closed"),
+        (frame() + b"xx", "the connection was closed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_peer_that_breaks_the_protocol_is_let_go(sent, said, caplog):
+    caplog.set_level(logging.WARNING)
+    with listener() as far:
+        channel, go = opened(far)
+        assert go.say == "go"
+        channel.send(sent)
+        channel._sock.shutdown(socket.SHUT_WR)
+        with suppress(OSError):
+            channel.frame()  # nothing: the listener closes
+        channel.close()
+        with link(far.address, chunk=5) as mine:  # and the stream can be sent by somebody who does it right
+            mine.put(content(b"0123456789"))
+        assert far.get(5).memory.numpy().tobytes() == b"0123456789"
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 1 and lines[0].startswith("lost 127.0.0.1:") and said in lines[0]
+
+
+def test_slots_that_are_not_there_are_not_read():
+    with listener() as far:
+        channel, go = opened(far, ["shared"])
+        assert go.get("shared", dict)["chunk"] >= 5
+        channel.send(frame(flags=2, slot=8))
+        with pytest.raises(OSError, match=r"closed|reset"):
+            channel.frame()
+        channel.close()
+
+
+def test_a_wrong_digest_is_void():
+    with listener() as far:
+        channel, _ = opened(far)
+        plan = Plan(Name(1, 0, 0), 10, 5)
+        for i in range(2):
+            part = memoryview(b"abcde")
+            channel.send(Frame(0, 0, plan.name, i, 2, 5, prepared(plan, i, [part]).crc).pack(), part)
+        channel.send(control(plan.name, "done", digest="00" * 32))
+        assert [channel.answer().bitmap, channel.answer().base] == [0, 2]
+        assert channel.answer().say == "void"
+        with pytest.raises(TransportError, match="no stream within"):
+            far.get(0.01)
+        channel.close()
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=120), st.booleans())
+def test_whatever_a_peer_sends_the_listener_goes_on(noise, framed):
+    with Listener(job=1, token=TOKEN, ways=["inline"]) as far:
+        channel, _ = opened(far)
+        with suppress(OSError):
+            channel.send(frame() + noise if framed else noise)
+        channel.abort()
+        channel.close()
+        with link(far.address, chunk=5) as mine:
+            mine.put(content(b"0123456789"))
+        assert far.get(5).memory.numpy().tobytes() == b"0123456789"
 
 
 def test_another_digest_voids_everything_once():

@@ -256,8 +256,10 @@ class Inbox:
                 return None
             channel.send(control(plan.name, "go", have=incoming.have(), **self._offers(channel, message, plan, window)))
             while True:
-                done = self._chunks(channel, incoming)
-                if incoming.receiver.arrived.all and incoming.receiver.digest == done.get("digest", str):
+                done, arrived = self._chunks(channel, incoming), incoming.receiver.arrived
+                if not arrived.all:
+                    raise CodecError(f"{plan.name} is done after {len(arrived)} of {plan.count} chunks")
+                if incoming.receiver.digest == done.get("digest", str):
                     break
                 incoming.void()
                 channel.send(control(plan.name, "void"))

@@ -36,7 +36,7 @@ from hanse.transport.frames import WIDEST, Name, Said, control
 from hanse.transport.handshake import admit, enter, token_bytes
 from hanse.transport.sources import Source
 from hanse.transport.stream import Counters, Pace, Plan
-from hanse.transport.tcp import Address, Channel, Gone, dial, listen
+from hanse.transport.tcp import Address, Channel, GoneError, dial, listen
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Listener:
             while True:
                 try:
                     frame = channel.frame(forever=True)
-                except Gone:
+                except GoneError:
                     return
                 message = channel.control(frame)
                 if message.say == "open":

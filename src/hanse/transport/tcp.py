@@ -18,7 +18,7 @@ _MOST_PARTS = 512  # of one sendmsg; the system takes 1024
 _MAGIC = MAGIC.to_bytes(4, "little")
 
 
-class Gone(ConnectionResetError):
+class GoneError(ConnectionResetError):
     """The other end has closed the connection, and not in the middle of something."""
 
 
@@ -75,7 +75,7 @@ class Channel:
         while len(view):
             got = self._sock.recv_into(view)
             if not got:
-                raise (Gone if len(view) == size else ConnectionResetError)("the connection was closed")
+                raise (GoneError if len(view) == size else ConnectionResetError)("the connection was closed")
             view = view[got:]
 
     def ready(self, seconds: float | None = 0.0, wake: int | None = None) -> bool:
