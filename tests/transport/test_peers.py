@@ -404,6 +404,25 @@ def test_nobody_listens():
         listener(address=far.address)
 
 
+def test_a_listener_with_all_the_peers_it_takes_can_be_closed():
+    far = listener(peers=1)
+    with link(far.address) as mine:
+        mine.put(content(b"x"))
+        with socket.create_connection(far.address):  # and this one has to wait
+            far.close()
+
+
+def test_a_stream_that_is_given_up_makes_room():
+    with listener(limit=300_000) as far, Proxy(far.address, Conditions(), cuts=[100_000]) as between:
+        with link(between.address, chunk=10_000, attempts=1) as mine, pytest.raises(TransportError):
+            mine.put(content(BIG[:300_000]), number=1)
+        with link(far.address) as mine:
+            with pytest.raises(TransportError, match="300,000 of them now"):
+                mine.put(content(b"x"), number=2)
+            far.forget(number=1)
+            mine.put(content(b"x"), number=2)
+
+
 def test_sockets_of_this_machine(tmp_path):
     path = str(tmp_path / "socket")
     with listener(address=path) as far, link(path, ways=("shared", "inline")) as mine:

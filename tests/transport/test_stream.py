@@ -332,9 +332,11 @@ def test_streams_that_cannot_be(plan, match):
 
 def test_a_timeout_follows_what_was_measured():
     pace = Pace(patience=7.0, least=0.0)
+    assert str(pace) == "nothing measured yet"
     assert pace.timeout(10**6) == 7.0
     pace.answered(0.02)
     pace.delivered(10**6, 0, 0.1)
+    assert str(pace) == "10.0 MB/s, RTT 20.0 ms: 200,000 bytes fill the link"
     assert pace.timeout(5 * 10**5) == pytest.approx(4 * 0.02 + 0.05)
     pace.answered(0.06)
     assert pace.rtt == pytest.approx(0.03)

@@ -158,6 +158,7 @@ class Outgoing:
         self._run(channel, carrier)
         sent = (len(sender.arrived) - there) * min(sender.plan.chunk, sender.plan.size)
         sender.pace.delivered(sent, sender.counters.resent - resent, time.monotonic() - began)
+        log.debug("%s: %d bytes; a window of %d; %s", sender.plan.name, sent, sender.window * sender.plan.chunk, sender.pace)
         channel.send(control(sender.plan.name, "done", digest=sender.digest))
         answer = _said(channel)
         if answer.say not in ("taken", "void"):

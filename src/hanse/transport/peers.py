@@ -128,6 +128,10 @@ class Listener:
         """No longer have it."""
         self._offered.pop(Name(self._job, round, number), None)
 
+    def forget(self, round: int = 0, number: int = 0) -> None:
+        """Give up what there is of a stream that is not whole, and the memory it counts for; or that it was received."""
+        self._desk.forget(Name(self._job, round, number))
+
     def close(self) -> None:
         """Cut all connections. Streams in ``folder`` that are not whole stay there."""
         if self._closed:
@@ -136,9 +140,9 @@ class Listener:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._sock.close()
-        self._accepting.join()
         for channel in list(self._channels):
             channel.abort()
+        self._accepting.join()
         for thread in list(self._threads):
             thread.join()
         self._desk.close()
@@ -171,8 +175,8 @@ class Listener:
         who = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a local process"
         try:
             sock.settimeout(self._patience)
-            if self._tls is not None:
-                sock = self._tls.wrap_socket(sock, server_side=True)
+            if self._tls is not None:  # they shake hands when the first byte is sent, so that ``close`` need not wait for it
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             channel = Channel(sock, self._patience)
             self._channels.add(channel)
             if self._closed:

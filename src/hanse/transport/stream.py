@@ -212,6 +212,12 @@ class Pace:
     least: float = 0.2
     _WEIGHT = 0.25
 
+    def __str__(self) -> str:
+        if self.rtt is None or self.bandwidth is None:
+            return "nothing measured yet"
+        product = self.rtt * self.bandwidth
+        return f"{self.bandwidth / 1e6:.1f} MB/s, RTT {1000 * self.rtt:.1f} ms: {product:,.0f} bytes fill the link"
+
     def timeout(self, flying: int) -> float:
         """Seconds without an answer after which ``flying`` bytes count as lost."""
         if self.rtt is None or self.bandwidth is None:
