@@ -60,6 +60,28 @@ def test_what_arrives_is_what_was_sent(size, chunk, window):
 
 
 @usable
+def test_what_ucx_cannot_send_goes_by_tcp(monkeypatch):
+    monkeypatch.setattr(ucx, "_PATIENCE", 1.0)
+    real = ucx.Sender.send
+
+    def failing(self, channel, frame, parts):
+        self._endpoint = type("Broken", (), {"send": staticmethod(broken), "close": self._endpoint.close})()
+        return real(self, channel, frame, parts)
+
+    async def broken(*given, **named):
+        raise OSError("the queue pair is in error")
+
+    monkeypatch.setattr(ucx.Sender, "send", failing)
+    with (
+        Listener(job=1, token=TOKEN, ways=WAYS) as far,
+        Link(far.address, job=1, token=TOKEN, ways=WAYS, chunk=1000, window=2) as link,
+    ):
+        counters = link.put(content(DATA[:5000]))
+        assert far.get(20).memory.numpy().tobytes() == DATA[:5000]
+        assert counters.connections == 1 and counters.wire > 5000
+
+
+@usable
 def test_chunks_of_many_pieces():
     pieces = [memoryview(DATA)[at : at + 777] for at in range(0, 100_000, 777)]
     source = Source(sum(map(len, pieces)), lambda: pieces)

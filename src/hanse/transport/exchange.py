@@ -217,7 +217,11 @@ _HERE = _Here()
 
 def _check(plan: Plan, frame: Frame, target: memoryview, arrives: Callable[[], None] | None) -> bytes | None:
     if arrives:
-        arrives()
+        try:
+            arrives()
+        except ConnectionError as error:
+            log.warning("%s: chunk %d did not arrive: %s", plan.name, frame.index, error)
+            return None
     return verified(plan, frame, target)
 
 

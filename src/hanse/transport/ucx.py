@@ -146,21 +146,31 @@ class Receiver:
         self._node = _node()
         self._mark = secrets.token_bytes(MARK)
         self._endpoint = self._node.expect(self._mark)
+        self._spare: list[bytearray] = []
 
     def offer(self) -> dict[str, object]:
         """What the sender has to know."""
         return {"port": self._node.listener.port, "mark": self._mark.hex()}
 
     def fetch(self, frame: Frame, target: memoryview, patience: float) -> Callable[[], None]:
-        """Have the payload of a frame received into ``target``; call what is returned to wait for it."""
+        """Have the payload of a frame received; what is returned waits for it and copies it into ``target``.
+
+        It raises ``ConnectionError`` if nothing comes. The buffer is then never used again, because something still may.
+        """
         endpoint = self._endpoint.result(patience)
-        received = self._node.submit(endpoint.recv(target, tag=frame.slot))
+        buffer = self._spare.pop() if self._spare else bytearray()
+        if len(buffer) < frame.length:
+            buffer = bytearray(frame.length)
+        view = memoryview(buffer)[: frame.length]
+        received = self._node.submit(endpoint.recv(view, tag=frame.slot))
 
         def wait() -> None:
             try:
-                received.result(patience)
+                received.result(min(patience, _PATIENCE))
             except Exception as error:
-                raise ConnectionResetError(f"ucx: {error}") from None
+                raise ConnectionResetError(f"ucx: {error or type(error).__name__}") from None
+            copy(target, view)
+            self._spare.append(buffer)
 
         return wait
 
