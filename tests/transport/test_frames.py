@@ -39,7 +39,7 @@ frames = st.integers(1, MOST_CHUNKS).flatmap(
 acks = st.builds(Ack, u32.filter(lambda n: n != MAGIC), u32, st.integers(0, 2**64 - 1))
 
 
-def test_the_layout_is_that_of_the_page():
+def test_the_layout():
     data = Frame(INLINE, 3, Name(0x0102030405060708, 9, 10), 11, 12, 13, 14).pack()
     assert data.hex() == "f1686e73010003000807060504030201090000000a0000000b0000000c0000000d0000000e000000"
     assert Ack(10, 2, 4).pack().hex() == "0a000000020000000400000000000000"

@@ -1,4 +1,4 @@
-"""The model of the page, against its own limits and against streams in virtual time."""
+"""The model of times, against its own limits and against streams in virtual time."""
 
 import math
 
@@ -84,10 +84,10 @@ def test_no_chunk_is_better_than_the_best(bandwidth, loss, cost):
     assert all(least <= seconds_per_byte(best * f, bandwidth, loss, cost) * (1 + 1e-9) for f in (0.5, 0.9, 1.1, 2))
 
 
-def test_the_best_chunk_by_the_formula_of_the_page():
+def test_the_best_chunk_by_its_formula():
     bandwidth, loss, cost = 1e8, 1e-7, 1e-3
-    page = bandwidth / 2 * (math.sqrt(cost**2 + 4 * cost / (loss * bandwidth)) - cost)
-    assert best_chunk(bandwidth, loss, cost) == pytest.approx(page)
+    formula = bandwidth / 2 * (math.sqrt(cost**2 + 4 * cost / (loss * bandwidth)) - cost)
+    assert best_chunk(bandwidth, loss, cost) == pytest.approx(formula)
     assert best_chunk(bandwidth, 1e-14, cost) == pytest.approx(math.sqrt(cost * bandwidth / 1e-14), rel=0.01)
     assert best_chunk(bandwidth, 0.0, cost) == math.inf
 
