@@ -3,6 +3,7 @@
 Headers and acknowledgements go over the ordinary connection; a payload is a tagged message whose tag is in its header. UCX
 registers memory when it first sees it and remembers that. It is used only where it is asked for, and only with an RDMA device,
 unless the environment variable ``UCX_TLS`` says what UCX is to use instead (``tcp,sm`` say). Soft-RoCE counts as a device.
+It was run over these two, never over RDMA.
 """
 
 from __future__ import annotations
