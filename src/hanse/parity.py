@@ -33,11 +33,14 @@ class Verdict(NamedTuple):
 def parity(settings: Settings, rounds: int, clients: int) -> list[Verdict]:
     """Run the first rule, schedule, codec and seed of ``settings`` for ``rounds`` rounds in every engine, and compare.
 
-    There are at most ``clients`` clients, because each is a process of its own in a real federation, and nothing takes virtual time.
+    There are at most ``clients`` clients, each of which is a process of its own in a real federation, and nothing takes time.
     """
     one = {name: getattr(settings, name)[:1] for name in ("method", "schedule", "codec", "seed")}
     small = {"clients": min(settings.clients, clients), "rounds": rounds, "fleet": "ideal", "evaluate": 1, "seconds": None}
     settings = settings.model_copy(update={**one, **small, "evaluate_seconds": None, "track": ()})
+    cohort = getattr(settings.parts().schedules[0], "cohort", None)
+    if cohort is not None:
+        settings = settings.model_copy(update={"cohort": min(cohort, settings.clients)})
     parts = settings.parts()
     path = parts.engine.path or first_path(settings, parts)
     how: dict[str, Any] = {"path": path, "shards": 2, "threads": 1, "precision": parts.engine.precision}

@@ -25,6 +25,7 @@ SLUGS = (
     "fedau",
     "fedcompass",
     "fedfix",
+    "fedrdma",
     "fedspeed",
     "fedzip",
     "flag",
