@@ -4,8 +4,9 @@
     python benchmarks/faults.py ray       [--scripts 20]
 
 A script is a list of deeds at times: against a worker or actor (killed, stopped for good, stopped for a moment), or against the
-server (killed and started again). At the end: the run has finished, or said in one line why not; every round is in the history once;
-what went into each round, by client, version and bits, is what went into it without faults, once; the model is the same bit for bit.
+server (killed and started again). At the end: the run has finished, or said in one line why not; every round is in the history
+once; what went into each round, by client, version and bits, is what went into it without faults, once; the model is the same bit
+for bit.
 """
 
 from __future__ import annotations
