@@ -98,6 +98,30 @@ def _finish(study: Any, resume: bool, as_json: bool) -> None:
     typer.echo(f"report: {report}", err=True)
 
 
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a study, whose runs are all shown.")],
+    json_: Json = False,
+) -> None:
+    """Say where a run is: running, finished, stopped or died, and what its clients are doing."""
+    import time
+
+    from hanse.core.errors import CheckpointError
+    from hanse.study import folders_in
+    from hanse.track.status import in_words, status_of, study_in_words
+
+    now, paths = time.time(), folders_in(folder)
+    if not paths:
+        raise CheckpointError(f"{folder} holds no run: neither run.json nor settings.toml is in it")
+    found = [status_of(path, now) for path in paths]
+    if json_:
+        typer.echo(json.dumps(found))
+        return
+    for path, one in zip(paths, found, strict=True):
+        typer.echo(in_words(path, one, now))
+    if len(found) > 1:
+        typer.echo(study_in_words(found))
+
+
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders to compare.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it [the first folder]", show_default=False)] = None,
@@ -221,6 +245,7 @@ def bench(
 
 app.command()(_settings_options(run))
 app.command()(resume)
+app.command()(status)
 app.command()(report)
 app.command("list")(list_)
 app.command()(reproduce)

@@ -56,7 +56,9 @@ class flower(Engine):
                 raise ConfigError(f"{simulated}: not allowed with engine flower: it is simulated")
         run.pop("schedule")
         counts = link.post.gather(federation, link.run, self.gather)
-        return Deployment(federation, method, self, codec, down, link.post, counts, run=link.run, grace=self.grace, **run)
+        return Deployment(
+            federation, method, self, codec, down, link.post, counts, run=link.run, grace=self.grace, names=link.post.names, **run
+        )
 
 
 class Link(NamedTuple):
@@ -133,7 +135,8 @@ class GridPost:
         try:
             number = self._push(self.nodes[client], data, {**about, "letter": letter, "client": client, "ask": "work"})
         except (ValueError, RuntimeError, OSError) as error:
-            log.warning("client %d: what it was sent did not get to the server's link: %s", client, error)
+            said = "client %d: what it was sent did not get to the server's link: %s"
+            log.warning(said, client, error, extra={"client": client})
             number = f"unsent {letter}"
         self.open[number] = (letter, client)
 
@@ -210,6 +213,9 @@ class GridPost:
         if wrong:
             return "; ".join(wrong)
         self.nodes[client], counts[client] = node, samples
+        said = "client %d is there%s, with %d samples: %d of %d"
+        known = f" ({name})" if name else ""
+        log.info(said, client, known, samples, len(counts), federation.clients, extra={"client": client})
         return ""
 
 
