@@ -308,8 +308,8 @@ def run(
     ``evaluate``: every how many rounds (0: only after the last), or ``evaluate_seconds``: after how many virtual seconds. ``seed``
     (default the federation's) draws cohorts and batches. ``privacy``: what keeps clients private, at most one of a kind.
     ``attack``: what some of the clients do to the others. ``out``: a
-    run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``metrics_port``: where metrics are served while it
-    runs, ``[host:]port``, with Prometheus. ``on_start`` gets the network before the first
+    run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``metrics_port``: where
+    metrics are served while it runs, ``[host:]port``. ``on_start`` gets the network before the first
     round; setting its ``stopping`` ends the run after a round, in a state from which it can be resumed. Raises
     ``DivergedError`` when the training loss is not finite and ``PrivacyError`` when too few clients are left to hide each other,
     after saving the last good round.

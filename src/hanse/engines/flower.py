@@ -213,9 +213,8 @@ class GridPost:
         if wrong:
             return "; ".join(wrong)
         self.nodes[client], counts[client] = node, samples
-        said = "client %d is there%s, with %d samples: %d of %d"
-        known = f" ({name})" if name else ""
-        log.info(said, client, known, samples, len(counts), federation.clients, extra={"client": client})
+        text, known = "client %d%s is there, with %d samples: %d of %d", f" ({name})" if name else ""
+        log.info(text, client, known, samples, len(counts), federation.clients, extra={"client": client})
         return ""
 
 

@@ -20,7 +20,8 @@ STATUS, LOG = "status.json", "log.jsonl"
 
 class Folder:
     """``path`` holds ``run.json`` (settings and notes), ``history.jsonl``, ``checkpoint.safetensors`` and, at the end,
-    ``clients.safetensors``; while a run goes on also ``status.json``. Raises ``CheckpointError`` with the reason when it cannot be written or read.
+    ``clients.safetensors``; a run that goes on keeps ``status.json`` and ``log.jsonl`` there. Raises ``CheckpointError`` with the
+    reason when it cannot be written or read.
     """
 
     def __init__(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hanse.core.errors import ConfigError, MissingExtraError
@@ -33,10 +33,11 @@ class Metrics:
         self.run, self.tell, self.core = run, tell, core
         registry = core.CollectorRegistry()
         registry.register(self)
-        how = {"buckets": BUCKETS, "registry": registry}
-        self.rounds = core.Histogram("hanse_round_seconds", "Seconds from one committed round to the next.", ["run"], **how)
+        self.rounds = core.Histogram(
+            "hanse_round_seconds", "Seconds from one committed round to the next.", ["run"], registry=registry, buckets=BUCKETS
+        )
         text = "Seconds of a round in each phase: waiting for clients, stepping, evaluating, saving."
-        self.phases = core.Histogram("hanse_phase_seconds", text, ["run", "phase"], **how)
+        self.phases = core.Histogram("hanse_phase_seconds", text, ["run", "phase"], registry=registry, buckets=BUCKETS)
         self.before: dict[str, float] = {}
         self.committed = time.perf_counter()
         host, _, port = where.rpartition(":")
@@ -64,21 +65,20 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         """What is true now, for prometheus_client."""
         found = self.tell()
-        yield self._one("counter", "hanse_rounds", "Committed rounds.", (), {(): found["round"]})
-        yield self._one("gauge", "hanse_rounds_planned", "Rounds that the run is to have.", (), {(): found["rounds"]})
-        moved = {(way,): found[f"bytes_{way}"] for way in ("down", "up")}
-        yield self._one("counter", "hanse_bytes", "Bytes of messages to clients (down) and from them (up).", ("direction",), moved)
-        failures = {(kind,): count for kind, count in found["failures"].items()}
+        yield self._one("counter", "hanse_rounds", "Committed rounds.", {"": found["round"]})
+        yield self._one("gauge", "hanse_rounds_planned", "Rounds that the run is to have.", {"": found["rounds"]})
+        moved = {way: found[f"bytes_{way}"] for way in ("down", "up")}
+        yield self._one("counter", "hanse_bytes", "Bytes of messages to clients (down) and from them (up).", moved, "direction")
         text = "Jobs lost, replies too late or refused, workers replaced."
-        yield self._one("counter", "hanse_failures", text, ("kind",), failures)
-        states = Counter((client["state"],) for client in found["clients"])
-        every = {(state,): states[(state,)] for state in ("ready", "work", "away", "refused")} if found["clients"] else {}
-        yield self._one("gauge", "hanse_clients", "Real clients by what they are doing; none in a simulation.", ("state",), every)
+        yield self._one("counter", "hanse_failures", text, found["failures"], "kind")
+        states = Counter(client["state"] for client in found["clients"])
+        every = {state: states[state] for state in ("ready", "work", "away", "refused")} if found["clients"] else {}
+        yield self._one("gauge", "hanse_clients", "Real clients by what they are doing; none in a simulation.", every, "state")
 
-    def _one(self, kind: str, name: str, text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], float]) -> Any:
-        """A metric with its values by label."""
+    def _one(self, kind: str, name: str, text: str, values: Mapping[str, float], label: str = "") -> Any:
+        """A metric with a value for each of the values of its label, if it has one beside the run."""
         family = self.core.CounterMetricFamily if kind == "counter" else self.core.GaugeMetricFamily
-        made = family(name, text, labels=["run", *labels])
-        for label, value in values.items():
-            made.add_metric([self.run, *label], value)
+        made = family(name, text, labels=["run", label] if label else ["run"])
+        for which, value in values.items():
+            made.add_metric([self.run, which] if label else [self.run], value)
         return made

@@ -50,9 +50,11 @@ FIELDS = {
     "process": int,
     "born": str,
 }
-"""What the file says, and its types. ``now`` is the run's own time in seconds, all other times are seconds since 1970; ``spent`` is
-seconds by phase; ``clients`` are ``{name, state, since, why}``, none in a simulation; ``born`` tells ``process`` from a later one of
-the same number. ``state`` is running, finished, stopped or failed."""
+"""What the file says, and its types.
+
+``now`` is the run's own time in seconds, all other times are seconds since 1970; ``spent`` is seconds by phase; ``clients`` are
+``{name, state, since, why}``, none in a simulation; ``born`` tells ``process`` from a later one of the same number. ``state`` is
+running, finished, stopped or failed."""
 
 
 class Phases:
@@ -91,7 +93,7 @@ class Status:
         return {"state": state, "why": why, **self.tell(), **self.me}
 
     def _keep(self) -> None:
-        before, written = {}, 0.0
+        before, written = dict[str, Any](), 0.0
         while not self._over.wait(PAUSE):
             found = self._found("running", "")
             if found != before or time.monotonic() - written > BEAT:
@@ -127,11 +129,11 @@ def alive(process: int, birth: str) -> bool:
 def status_of(path: Path, now: float) -> dict[str, Any]:
     """Where the run in ``path`` is at the time ``now``: what its file says, judged.
 
-    ``state`` may besides be ``died``: it says running, and its process is gone; ``silent``: its process is on another machine and has
-    not written for long; ``unknown`` or ``not begun``: the run has no such file. Raises ``CheckpointError`` where it is damaged.
+    ``state`` may besides be ``died``: it says running, and its process is gone; ``silent``: its process is on another machine and
+    has not written for long; ``unknown`` or ``not begun``: the run has no such file. Raises ``CheckpointError`` on a damaged one.
     """
     try:
-        found = json.loads((path / STATUS).read_bytes())
+        found: dict[str, Any] = json.loads((path / STATUS).read_bytes())
     except FileNotFoundError:
         return _without(path)
     except (OSError, ValueError) as error:
