@@ -105,6 +105,7 @@ def node(folder: Path, where: Server, data: Path, settings: Settings | None, tok
     """
     yield from private_files([*folder.glob("*.key")])
     yield pair(folder, now)
+    yield open_to_us("127.0.0.1", _port(folder / "start.sh", r"PORT:-(\d+)"))
     yield resolves(where.host)
     connected = reaches(where)
     yield connected
@@ -127,7 +128,8 @@ def node(folder: Path, where: Server, data: Path, settings: Settings | None, tok
     if about and token:
         yield bandwidth(where, token, size)
     elif token is None:
-        yield Check("bandwidth", "ok", "not measured: that needs 'hanse doctor DIR --listen' on the server, and its --token here")
+        do = "have 'hanse doctor DIR --listen' run on the server, and give the --token that it shows"
+        yield warning("bandwidth", "not measured", do)
 
 
 def server_of(own: Path) -> Server:
@@ -342,11 +344,20 @@ def free(where: Server) -> Check:
         greeting = handshake(where._replace(host="127.0.0.1"))
         if greeting.state == "ok":
             return ok(name, "the server answers there already, with this certificate")
-        return problem(name, f"something else listens there: {greeting.found}", "stop it, or use another port")
+        return problem(
+            name, f"something else listens there: {greeting.found}", "stop it, or take another one: PORT=... sh start.sh"
+        )
+    return open_to_us("", where.port)
+
+
+def open_to_us(host: str, port: int) -> Check:
+    """A port of this machine can be listened on."""
+    name = f"port {port}"
     try:
-        socket.create_server(("", where.port)).close()
+        socket.create_server((host, port)).close()
     except OSError as error:
-        return problem(name, f"cannot be listened on: {error.strerror}", "use another port, or have this user be allowed to")
+        do = "stop what has it, or take another one: PORT=... sh start.sh"
+        return problem(name, f"cannot be listened on: {error.strerror}", do)
     return ok(name, "free")
 
 
