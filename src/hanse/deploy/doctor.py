@@ -16,7 +16,7 @@ import ssl
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -94,7 +94,7 @@ def server(folder: Path, now: datetime) -> Iterator[Check]:
         yield problem("settings", str(error), "correct them in app/pyproject.toml")
     else:
         yield registered(own / "nodes", settings.clients)
-        yield task(settings)
+        yield task(settings, own)
     yield disk(own)
 
 
@@ -152,8 +152,8 @@ def server_for(folder: Path, address: str | None) -> Server:
     """Where a node of ``folder`` finds its server: at ``address``, ``host:port``, or as its start.sh says."""
     if address is None:
         address = _found(folder / "start.sh", r"--superlink (\S+)")
-    parts = urlsplit(f"//{address}")
     try:
+        parts = urlsplit(f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
@@ -256,12 +256,15 @@ def registered(folder: Path, clients: int) -> Check:
     return ok("nodes", ", ".join(file.stem for file in files))
 
 
-def task(settings: Settings) -> Check:
-    """The run's parts, and its task on the server, which needs test samples."""
+def task(settings: Settings, own: Path) -> Check:
+    """The run's parts, and its task on the server, which runs in ``own`` and needs test samples."""
     try:
         parts = one_of_each(settings)
-        federation = settings.federation(settings.seed[0])
-        split, size = federation.split, federation.problem.layout.size
+        if parts.engine.short_name != "flower":
+            return problem("settings", f"engine: {parts.engine}", "have engine = 'flower' in app/pyproject.toml")
+        with chdir(own):
+            federation = settings.federation(settings.seed[0])
+            split, size = federation.split, federation.problem.layout.size
     except HanseError as error:
         return problem("settings", str(error), "correct them in app/pyproject.toml")
     if not len(split.test_x):
@@ -301,10 +304,11 @@ def own_data(folder: Path, data: Path, settings: Settings | None) -> tuple[Check
     if settings is None:
         do = "give the run's settings with --settings, or have the server's by --token"
         return warning("data", f"{data}: there; what the run's task makes of it is not known", do), 0
-    client = int(_found(folder / "start.sh", r"client=(\d+)"))
+    client, held = int(_found(folder / "start.sh", r"client=(\d+)")), data.resolve()
     try:
-        federation = with_own_data(settings, client, data)
-        split, layout = federation.split, federation.problem.layout
+        with chdir(folder):  # which is where the node will be
+            federation = with_own_data(settings, client, held)
+            split, layout = federation.split, federation.problem.layout
     except (HanseError, OSError) as error:
         return problem("data", " ".join(str(error).split()), f"have in {data} what {settings.task} reads"), 0
     size, count = layout.size * federation.problem.start.element_size(), len(split.train.x)
