@@ -70,6 +70,7 @@ class Recorder:
     """Turns committed rounds into history, evaluations and checkpoints, and knows where a run is."""
 
     net: Rounds
+    phases: Phases
 
     def __init__(
         self, result: Run, every: int, every_seconds: float | None, folder: Folder | None, writers: Sequence[Writer]
@@ -77,8 +78,12 @@ class Recorder:
         self.result, self.every, self.every_seconds, self.folder, self.writers = result, every, every_seconds, folder, writers
         self.saved_at, self.saved_round = time.monotonic(), 0
         self.jobs = 0
-        self.phases = Phases()
         self.metrics: Metrics | None = None
+
+    def watch(self, net: Rounds) -> None:
+        """From now on, know where ``net`` is."""
+        self.net, self.phases = net, Phases()
+        net.on_phase = self.phases.turn
 
     def start(self, net: Rounds, resume: bool) -> None:
         """Begin the run folder; with ``resume`` bring ``net`` and the history to the checkpoint in it instead."""
@@ -132,7 +137,7 @@ class Recorder:
         try:
             yield
             state = "finished" if net.finished else "stopped"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             state = "stopped"
             raise
         except Exception as error:
@@ -348,7 +353,7 @@ def run(
         schedule=schedule,
         on_commit=recorder,
     )
-    recorder.net, net.on_phase = net, recorder.phases.turn
+    recorder.watch(net)
     with nullcontext() if metrics_port is None else closing(recorder.serve(metrics_port)):
         recorder.start(net, resume and not schedule.replayed)
         on_start(net)

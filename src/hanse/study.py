@@ -25,7 +25,7 @@ from hanse.experiment import Writer, run
 from hanse.federation import Federation
 from hanse.methods.base import Method
 from hanse.schedules.network import Schedule
-from hanse.track.folder import SETTINGS, Folder
+from hanse.track.folder import LOG, SETTINGS, Folder
 from hanse.track.logs import logged
 from hanse.track.progress import Display
 from hanse.track.report import write_report
@@ -273,6 +273,6 @@ def runs_in(folder: Path) -> list[Run]:
 
 def folders_in(folder: Path) -> list[Path]:
     """``folder`` where it is that of a run, or those of the runs of the study there, begun or not; else none."""
-    if (folder / SETTINGS).is_file():
+    if (folder / SETTINGS).is_file() or (folder / LOG).is_file():  # a run that waits for its first client has a log alone
         return [folder]
     return [cell.path for cell in Study.open(folder).cells()] if (folder / STUDY).is_file() else []

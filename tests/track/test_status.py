@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from hanse.core.errors import CheckpointError, DivergedError
 from hanse.study import Study
 from hanse.track import status
 from hanse.track.folder import STATUS, Folder
+from hanse.track.logs import logged
 from hanse.track.status import FIELDS, Phases, Status, born, in_words, status_of
 
 HERE: dict[str, Any] = {"path": "stacked", "chunk": 3, "workers": 1, "threads": 1}
@@ -76,6 +78,16 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
         go(tmp_path, method=hs.methods.FedAvg(lr=1e30), rounds=9)
     found = status_of(tmp_path, time.time())
     assert (found["state"], found["why"]) == ("failed", str(raised.value))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_is_told_to_end_at_once_has_stopped(kind: type[BaseException], tmp_path: Path) -> None:
+    def end(net: Any) -> None:
+        raise kind
+
+    with pytest.raises(kind):
+        go(tmp_path, on_start=lambda net: setattr(net, "on_phase", end))
+    assert status_of(tmp_path, time.time())["state"] == "stopped"
 
 
 def test_a_run_that_is_killed_has_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +197,13 @@ def test_a_run_without_a_status_says_how_far_it_is(finished: Path, tmp_path: Pat
     found = status_of(tmp_path / "copy", 0.0)
     assert (found["state"], found["round"]) == ("unknown", 3)
     assert "no status.json" in in_words(tmp_path / "copy", found, 0.0)
+
+
+def test_a_run_that_waits_for_its_clients_says_what_was_logged_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with logged(tmp_path, fresh=True):
+        assert hanse(capsys, "status", tmp_path).out == f"{tmp_path}: not begun: nothing in log.jsonl yet\n"
+        logging.getLogger("hanse.engines").info("ada is there: 1 of 2")
+    assert hanse(capsys, "status", tmp_path).out == f"{tmp_path}: not begun: ada is there: 1 of 2\n"
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,8 @@ def node(folder: Path, where: Server, data: Path, settings: Settings | None, tok
     """
     yield from private_files([*folder.glob("*.key")])
     yield pair(folder, now)
-    yield open_to_us("127.0.0.1", _port(folder / "start.sh", r"PORT:-(\d+)"))
+    mine = open_to_us("127.0.0.1", _port(folder / "start.sh", r"PORT:-(\d+)"))
+    yield mine if mine.state == "ok" else warning(mine.name, mine.found, f"unless this node is running already, {mine.do}")
     yield resolves(where.host)
     connected = reaches(where)
     yield connected
@@ -361,7 +362,7 @@ def open_to_us(host: str, port: int) -> Check:
         socket.create_server((host, port)).close()
     except OSError as error:
         do = "stop what has it, or take another one: PORT=... sh start.sh"
-        return problem(name, f"cannot be listened on: {error.strerror}", do)
+        return problem(name, f"cannot be listened on: {os.strerror(error.errno or 0)}", do)
     return ok(name, "free")
 
 

@@ -56,9 +56,8 @@ class flower(Engine):
                 raise ConfigError(f"{simulated}: not allowed with engine flower: it is simulated")
         run.pop("schedule")
         counts = link.post.gather(federation, link.run, self.gather)
-        return Deployment(
-            federation, method, self, codec, down, link.post, counts, run=link.run, grace=self.grace, names=link.post.names, **run
-        )
+        run["names"] = [link.post.called[client] for client in range(federation.clients)]
+        return Deployment(federation, method, self, codec, down, link.post, counts, run=link.run, grace=self.grace, **run)
 
 
 class Link(NamedTuple):
@@ -118,6 +117,8 @@ class GridPost:
         self.grid, self.names = grid, names
         self.nodes: dict[int, int] = {}
         """Flower's numbers of the nodes, by client."""
+        self.called: dict[int, str] = {}
+        """What clients are called: as their keys were registered, else by their numbers."""
         self.open: dict[str, tuple[int, int]] = {}
         """Letters and clients, by the message that replies are asked for by."""
         self.envelope = 0
@@ -213,8 +214,11 @@ class GridPost:
         if wrong:
             return "; ".join(wrong)
         self.nodes[client], counts[client] = node, samples
-        text, known = "client %d%s is there, with %d samples: %d of %d", f" ({name})" if name else ""
-        log.info(text, client, known, samples, len(counts), federation.clients, extra={"client": client})
+        self.called[client] = name or (self.names[client] if self.names else str(client))
+        about = {"client": client}
+        log.info(
+            "%s is there, with %d samples: %d of %d", self.called[client], samples, len(counts), federation.clients, extra=about
+        )
         return ""
 
 

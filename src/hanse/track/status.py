@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hanse.core.errors import CheckpointError
-from hanse.track.folder import SETTINGS, STATUS, Folder
+from hanse.track.folder import LOG, SETTINGS, STATUS, Folder
 from hanse.track.summary import and_text, cost_text
 
 log = logging.getLogger(__name__)
@@ -167,11 +167,12 @@ def in_words(path: Path, found: dict[str, Any], now: float) -> str:
     down, up = (cost_text("bytes", found[f"bytes_{way}"]) for way in ("down", "up"))
     failures = [f"{n} {kind}" for kind, n in found["failures"].items() if n]
     lines += [f"{down} down, {up} up; failures: {', '.join(failures) or 'none'}"]
-    total = sum(found["spent"].values())
+    spent = {**found["spent"]}
+    if found["state"] == "running" and found["phase"] in spent:
+        spent[found["phase"]] += max(0.0, now - found["since"])
+    total = sum(spent.values())
     if total:
-        lines += [
-            "time: " + ", ".join(f"{100 * s / total:.0f} % {phase}" for phase, s in found["spent"].items() if s > 0.005 * total)
-        ]
+        lines += ["time: " + ", ".join(f"{100 * s / total:.0f} % {phase}" for phase, s in spent.items() if s > 0.005 * total)]
     if found["metrics"] and found["state"] == "running":
         lines += [f"metrics: http://{found['metrics']}/metrics"]
     if found["clients"]:
@@ -202,9 +203,20 @@ def _where(path: Path, found: dict[str, Any], now: float) -> str:
         case "silent":
             ago = cost_text("seconds", now - found["written"])
             return f": nothing written for {ago}; look on {found['host']} whether process {found['process']} is alive"
+        case "not begun" if (path / LOG).is_file():
+            return f": {last_logged(path)}"
         case "unknown":
             return f" after round {found['round']}: no {STATUS}; if it did not finish, go on with: {again}"
     return ""
+
+
+def last_logged(path: Path) -> str:
+    """What the log of a run said last."""
+    try:
+        said: str = json.loads((path / LOG).read_bytes().splitlines()[-1])["message"]
+        return said
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"nothing in {LOG} yet"
 
 
 def study_in_words(found: list[dict[str, Any]]) -> str:
