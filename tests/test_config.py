@@ -34,6 +34,7 @@ CHANGED = {
     "dtype": "float64",
     "device": "cpu",
     "track": ["tensorboard"],
+    "metrics_port": "0.0.0.0:9400",
 }
 
 

@@ -98,6 +98,30 @@ def _finish(study: Any, resume: bool, as_json: bool) -> None:
     typer.echo(f"report: {report}", err=True)
 
 
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a study, whose runs are all shown.")],
+    json_: Json = False,
+) -> None:
+    """Say where a run is: running, finished, stopped or died, and what its clients are doing."""
+    import time
+
+    from hanse.core.errors import CheckpointError
+    from hanse.study import folders_in
+    from hanse.track.status import in_words, status_of, study_in_words
+
+    now, paths = time.time(), folders_in(folder)
+    if not paths:
+        raise CheckpointError(f"{folder} holds no run: neither run.json nor settings.toml is in it")
+    found = [status_of(path, now) for path in paths]
+    if json_:
+        typer.echo(json.dumps(found))
+        return
+    for path, one in zip(paths, found, strict=True):
+        typer.echo(in_words(path, one, now))
+    if len(found) > 1:
+        typer.echo(study_in_words(found))
+
+
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders to compare.")],
     out: Annotated[Path | None, typer.Option(help="Where to write it [the first folder]", show_default=False)] = None,
@@ -226,6 +250,70 @@ def parity(
         raise typer.Exit(1)
 
 
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What 'hanse deploy' wrote: on the server all of it, on a node nodes/NAME.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="On a node: the folder of its data [DIR/data]", show_default=False)] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="On a node: the run's settings, or its app's pyproject.toml.", show_default=False)
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="On a node: the server [as in start.sh]", show_default=False)
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(help="On a node: what --listen shows on the server; measures bandwidth too.", show_default=False)
+    ] = None,
+    listen: Annotated[bool, typer.Option("--listen", help="On the server: answer nodes' doctors until Ctrl-C.")] = False,
+    json_: Json = False,
+) -> None:
+    """Say what stands in the way of a deployed run, and what to do: names, ports, certificates, clocks, data; 1 on a problem."""
+    from hanse.core.errors import MissingExtraError
+
+    try:
+        from hanse.deploy import doctor as checks
+    except ImportError:
+        raise MissingExtraError("hanse doctor", "flower") from None
+    from datetime import UTC, datetime
+
+    now, here = datetime.now(UTC), (folder / "server").is_dir()
+    if not here and not any(folder.glob("*.key")):
+        raise ConfigError(f"{folder}: neither what 'hanse deploy' wrote nor the folder of one of its nodes")
+    if here:
+        found = checks.server(folder, now)
+    else:
+        run = None if settings is None else checks.settings_of(settings)
+        found = checks.node(folder, checks.server_for(folder, server), data or folder / "data", run, token, now)
+    done = []
+    for check in found:
+        done.append(check)
+        if not json_:
+            typer.echo(checks.shown(check))
+    if json_:
+        typer.echo(json.dumps([check._asdict() for check in done]))
+    if here and listen:
+        _answer_doctors(folder)
+    if any(check.state == "problem" for check in done):
+        raise typer.Exit(1)
+
+
+def _answer_doctors(folder: Path) -> None:
+    import secrets
+
+    from hanse.deploy import doctor as checks
+    from hanse.deploy.responder import Responder, listens
+
+    where, token = checks.server_of(folder / "server"), secrets.token_urlsafe(16)
+    settings = checks.settings_of(folder / "app" / "pyproject.toml")
+    with Responder(folder / "server", listens(where.host), where.port, token, settings) as responder:
+        typer.echo(f"on each node: hanse doctor NODE'S-FOLDER --data FOLDER --token {token}", err=True)
+        typer.echo(f"answering at {where.host}:{where.port} until Ctrl-C", err=True)
+        try:
+            responder.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("stopped answering", err=True)
+
+
 def bench(
     workloads: Annotated[
         list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, aggregators, or gossip", show_default=False)
@@ -241,11 +329,13 @@ def bench(
 
 app.command()(_settings_options(run))
 app.command()(resume)
+app.command()(status)
 app.command()(report)
 app.command("list")(list_)
 app.command()(reproduce)
 app.command()(deploy)
 app.command()(parity)
+app.command()(doctor)
 app.command()(bench)
 
 

@@ -57,6 +57,12 @@ def _calls(value: Any) -> Any:
     return [ast.unparse(part) for part in parts.elts] if isinstance(parts, ast.List) else [value]
 
 
+def _port(value: Any) -> Any:
+    return str(value) if isinstance(value, int) else value
+
+
+ENDPOINT = r"^((\[[0-9A-Fa-f:.]+\]|[\w.-]+):)?\d{1,5}$"
+"""``[host:]port``; an IPv6 address is in brackets."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
@@ -113,6 +119,8 @@ class Settings(BaseModel):
     """Where the arithmetic happens: cpu, cuda, cuda:1, ..."""
     track: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_names)] = ()
     """Also write every round to these trackers."""
+    metrics_port: Annotated[Annotated[str, Field(pattern=ENDPOINT)] | None, BeforeValidator(_port)] = None
+    """Serve metrics for Prometheus while a run goes on, on this port of 127.0.0.1, or on host:port."""
 
     @model_validator(mode="after")
     def _seeds(self) -> Settings:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +30,11 @@ from hanse.schedules.network import Schedule
 from hanse.schedules.synchronous import synchronous
 from hanse.topologies import consensus_distance
 from hanse.track.folder import CLIENTS, Folder, worst_share
+from hanse.track.metrics import Metrics
 from hanse.track.run import Job, Record, Run
+from hanse.track.status import Phases, Status
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 5.0
 COHORT_LISTED = 256
@@ -61,7 +67,10 @@ def job_row(job: Jobs, at: int, used: bool) -> Job:
 
 
 class Recorder:
-    """Turns committed rounds into history, evaluations and checkpoints."""
+    """Turns committed rounds into history, evaluations and checkpoints, and knows where a run is."""
+
+    net: Rounds
+    phases: Phases
 
     def __init__(
         self, result: Run, every: int, every_seconds: float | None, folder: Folder | None, writers: Sequence[Writer]
@@ -69,6 +78,12 @@ class Recorder:
         self.result, self.every, self.every_seconds, self.folder, self.writers = result, every, every_seconds, folder, writers
         self.saved_at, self.saved_round = time.monotonic(), 0
         self.jobs = 0
+        self.metrics: Metrics | None = None
+
+    def watch(self, net: Rounds) -> None:
+        """From now on, know where ``net`` is."""
+        self.net, self.phases = net, Phases()
+        net.on_phase = self.phases.turn
 
     def start(self, net: Rounds, resume: bool) -> None:
         """Begin the run folder; with ``resume`` bring ``net`` and the history to the checkpoint in it instead."""
@@ -83,8 +98,61 @@ class Recorder:
         self.result.history = self.folder.rewind(net.round)
         self.jobs = sum(len(record["jobs"]) for record in self.result.history)
 
+    @property
+    def name(self) -> str:
+        """What the run is called where it is told about."""
+        return self.result.method if self.folder is None else self.folder.path.resolve().name
+
+    def tell(self) -> dict[str, Any]:
+        """Where the run is; may be asked from another thread."""
+        net, phases = self.net, self.phases
+        return {
+            "run": self.name,
+            "round": net.round,
+            "rounds": net.total_rounds,
+            "now": net.now,
+            "phase": phases.name,
+            "since": phases.since,
+            "spent": {**phases.spent},
+            "bytes_down": net.clock.down,
+            "bytes_up": net.clock.up,
+            "failures": net.failures(),
+            "engine": net.engine.short_name,
+            "clients": [standing._asdict() for standing in net.report()],
+            "metrics": "" if self.metrics is None else self.metrics.address,
+        }
+
+    def serve(self, where: str) -> Metrics:
+        """Serve metrics there."""
+        self.metrics = Metrics(where, self.name, self.tell)
+        self.writers = [*self.writers, self.metrics]
+        return self.metrics
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Say in the run folder where the run is, until it ends and how it did."""
+        net, status = self.net, None if self.folder is None else Status(self.folder, self.tell)
+        log.info("%s after round %d of %d", "begins" if net.round == 0 else "goes on", net.round, net.total_rounds)
+        state, why = "failed", ""
+        try:
+            yield
+            state = "finished" if net.finished else "stopped"
+        except (KeyboardInterrupt, SystemExit):
+            state = "stopped"
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise
+        finally:
+            level = logging.ERROR if why else logging.INFO
+            log.log(level, "%s after round %d of %d%s", state, net.round, net.total_rounds, why and f": {why}")
+            if status is not None:
+                status.end(state, why)
+
     def __call__(self, net: Rounds) -> None:
         due = net.finished or self._due(net)
+        if due:
+            self.phases.turn("evaluating")
         record = Record(
             round=net.round,
             seconds=net.now,
@@ -99,6 +167,7 @@ class Recorder:
         )
         if (epsilon := net.epsilon) is not None:
             record["epsilon"] = epsilon
+        self.phases.turn("saving")
         self.result.history.append(record)
         if net.arrangement is not None and "arrangement" not in self.result.notes:
             self.result.notes["arrangement"] = net.engine.full()
@@ -110,6 +179,7 @@ class Recorder:
             self.folder.append(record)
             if net.finished or net.stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                 self.save(net)
+        self.phases.turn("stepping")
         for writer in self.writers:
             writer.write(record)
 
@@ -235,6 +305,7 @@ def run(
     out: Path | str | None = None,
     writers: Sequence[Writer] = (),
     resume: bool = False,
+    metrics_port: str | None = None,
     on_start: Callable[[Any], None] = lambda net: None,
 ) -> Run:
     """Train ``method`` on ``federation`` for ``rounds`` rounds, or until virtual time has reached ``seconds``.
@@ -242,7 +313,8 @@ def run(
     ``evaluate``: every how many rounds (0: only after the last), or ``evaluate_seconds``: after how many virtual seconds. ``seed``
     (default the federation's) draws cohorts and batches. ``privacy``: what keeps clients private, at most one of a kind.
     ``attack``: what some of the clients do to the others. ``out``: a
-    run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``on_start`` gets the network before the first
+    run folder to write; with ``resume`` the run goes on from the checkpoint in it. ``metrics_port``: where
+    metrics are served while it runs, ``[host:]port``. ``on_start`` gets the network before the first
     round; setting its ``stopping`` ends the run after a round, in a state from which it can be resumed. Raises
     ``DivergedError`` when the training loss is not finite and ``PrivacyError`` when too few clients are left to hide each other,
     after saving the last good round.
@@ -260,7 +332,7 @@ def run(
         settings["attack"] = attack.full()
     if seed != federation.seed:
         settings["split_seed"] = str(federation.seed)
-    Settings.read(None, settings)  # the same checks as for a file or the command line
+    Settings.read(None, settings | {"metrics_port": metrics_port})  # the same checks as for a file or the command line
     result = Run(type(method).__name__, seed, settings, [], {}, names=federation.split.names)
     recorder = Recorder(result, evaluate, evaluate_seconds, folder, writers)
     if folder is not None and resume:
@@ -281,15 +353,18 @@ def run(
         schedule=schedule,
         on_commit=recorder,
     )
-    recorder.start(net, resume and not schedule.replayed)
-    on_start(net)
-    _play(net, schedule, method, recorder)
-    if net.letters:
-        result.notes["messages"] = ", ".join(f"{n:,} {kind} ({size:,} bytes)" for kind, (n, size) in net.letters.items())
-    result.weights, result.state, result.clients = weights(net), net.snapshot(), _clients(net, result)
-    if folder is not None and net.finished:
-        folder.save(result.clients, CLIENTS)
-        folder.describe(result)
+    recorder.watch(net)
+    with nullcontext() if metrics_port is None else closing(recorder.serve(metrics_port)):
+        recorder.start(net, resume and not schedule.replayed)
+        on_start(net)
+        with recorder.watched():
+            _play(net, schedule, method, recorder)
+            if net.letters:
+                result.notes["messages"] = ", ".join(f"{n:,} {kind} ({size:,} bytes)" for kind, (n, size) in net.letters.items())
+            result.weights, result.state, result.clients = weights(net), net.snapshot(), _clients(net, result)
+            if folder is not None and net.finished:
+                folder.save(result.clients, CLIENTS)
+                folder.describe(result)
     return result
 
 

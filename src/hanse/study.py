@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import resource
@@ -24,7 +25,8 @@ from hanse.experiment import Writer, run
 from hanse.federation import Federation
 from hanse.methods.base import Method
 from hanse.schedules.network import Schedule
-from hanse.track.folder import SETTINGS, Folder
+from hanse.track.folder import LOG, SETTINGS, Folder
+from hanse.track.logs import logged
 from hanse.track.progress import Display
 from hanse.track.report import write_report
 from hanse.track.run import Run
@@ -185,7 +187,8 @@ class Study:
                     runs.append(Folder(path).read())
                     display.finish()
                     continue
-                runs.append(self._run_one(cell, there, display.run(path.name)))
+                with logged(path, fresh=not there, least=logging.WARNING):  # of the rest there is a display
+                    runs.append(self._run_one(cell, there, display.run(path.name)))
         spent = time.monotonic() - began
         if runs and not self.stopped and not resume:
             self._judge(expected, runs, spent)
@@ -216,6 +219,7 @@ class Study:
             out=path,
             writers=[display, *trackers],
             resume=resume,
+            metrics_port=self.settings.metrics_port,
             on_start=started,
         )
 
@@ -260,11 +264,15 @@ class Study:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The run in ``folder``, or those of the study there; raises ``CheckpointError`` where there is none."""
-    if (folder / SETTINGS).is_file():
-        return [Folder(folder).read()]
-    cells = [cell.path for cell in Study.open(folder).cells()] if (folder / STUDY).is_file() else []
-    found = [Folder(path).read() for path in cells if (path / SETTINGS).is_file()]
+    """The run in ``folder``, or those of the study there that have begun; raises ``CheckpointError`` where there is none."""
+    found = [Folder(path).read() for path in folders_in(folder) if (path / SETTINGS).is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no run: no {SETTINGS} in it or in its subfolders")
     return found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """``folder`` where it is that of a run, or those of the runs of the study there, begun or not; else none."""
+    if (folder / SETTINGS).is_file() or (folder / LOG).is_file():  # a run that waits for its first client has a log alone
+        return [folder]
+    return [cell.path for cell in Study.open(folder).cells()] if (folder / STUDY).is_file() else []

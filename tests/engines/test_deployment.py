@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from same_runs import CASES
 
 import hanse as hs
 from hanse.engines.deployment import Returned
+from hanse.track.status import status_of
 
 ALONE: dict[str, Any] = {"path": "stacked", "chunk": 1, "workers": 1, "threads": 1, "shortcuts": False, "shards": 2}
 SYNCHRONOUS = hs.schedules.synchronous(cohort=5)
@@ -145,3 +147,50 @@ def test_a_server_that_is_killed_goes_on_to_the_same_model(tmp_path: Path) -> No
     engine = loopback(**ALONE, folder=str(tmp_path / "b"))
     go(engine, **how, out=tmp_path / "run", on_start=stop_after(2))
     same_model(go(engine, **how, out=tmp_path / "run", resume=True), whole)
+
+
+def test_it_says_what_every_client_does_and_what_went_wrong(tmp_path: Path, deed: list[Deed]) -> None:
+    told: list[tuple[list[str], dict[str, int]]] = []
+
+    def spoil(post: Letters, reply: Returned) -> list[Returned]:
+        told.append(([standing.state for standing in nets[0].report()], nets[0].failures()))
+        return [reply._replace(data=b"") if reply.client == 3 else reply]
+
+    nets: list[Any] = []
+    deed.append(spoil)
+    everybody = hs.schedules.synchronous(cohort=7)
+    go(loopback(**ALONE, folder=str(tmp_path / "kept")), rounds=1, schedule=everybody, on_start=nets.append, out=tmp_path / "run")
+    assert told[0] == (["work"] * 7, {"lost": 0, "late": 0, "refused": 0})
+    assert sorted(told[-1][0]) in (sorted(["ready"] * 5 + ["refused", "work"]), ["ready"] * 6 + ["work"])
+    assert nets[0].failures() == {"lost": 1, "late": 0, "refused": 1}
+    found = status_of(tmp_path / "run", 0.0)
+    assert [client["name"] for client in found["clients"]] == [*"0123456"]
+    assert [client["state"] for client in found["clients"]] == ["ready"] * 3 + ["refused"] + ["ready"] * 3
+    assert found["clients"][3]["why"] and found["clients"][2]["why"] == "replied in round 1"
+    assert found["spent"]["waiting"] > 0
+
+
+def test_its_clients_are_counted_in_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    nets: list[Any] = []
+
+    class Scraper:
+        pages: ClassVar[list[str]] = []
+
+        def write(self, record: Any) -> None:
+            self.pages.append(urlopen(f"http://{nets[0].on_commit.metrics.address}/metrics", timeout=10).read().decode())
+
+        def close(self) -> None:
+            pass
+
+    go(loopback(**ALONE, folder=str(tmp_path)), rounds=1, on_start=nets.append, writers=[Scraper()], metrics_port="0")
+    assert 'hanse_clients{run="FedAvg",state="ready"} 7.0' in Scraper.pages[0]
+    assert 'hanse_clients{run="FedAvg",state="refused"} 0.0' in Scraper.pages[0]
+    assert 'hanse_failures_total{kind="refused",run="FedAvg"} 0.0' in Scraper.pages[0]
+
+
+def test_what_is_logged_says_which_client_it_is_about(tmp_path: Path, deed: list[Deed], caplog: Any) -> None:
+    deed.append(lambda post, reply: [reply._replace(data=b"") if reply.client == 3 else reply])
+    go(loopback(**ALONE, folder=str(tmp_path)), rounds=1, schedule=hs.schedules.synchronous(cohort=7))
+    (record,) = [r for r in caplog.records if "is refused" in r.getMessage()]
+    assert (record.client, record.round) == (3, 1)

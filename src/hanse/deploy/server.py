@@ -20,6 +20,7 @@ from hanse.engines.flower import GridPost, linked
 from hanse.engines.participant import run_name
 from hanse.experiment import run
 from hanse.track.folder import SETTINGS, Folder
+from hanse.track.logs import logged
 from hanse.track.report import write_report
 
 app = ServerApp()
@@ -36,12 +37,11 @@ def main(grid: Grid, context: Context) -> None:
 
 def serve(grid: Any, settings: Settings, folder: Path, names: list[str]) -> None:
     """The run of ``settings`` in ``folder``, with the clients behind ``grid``."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parts, seed = one_of_each(settings), settings.seed[0]
     resume = (folder / SETTINGS).is_file() and not Folder(folder).complete()
     name = run_name(settings.model_dump(), seed)
-    log.info("run %s %s: %d clients, %d rounds", name, "goes on" if resume else "begins", settings.clients, settings.rounds)
-    with linked(GridPost(grid, names), name):
+    with logged(folder, fresh=not resume), linked(GridPost(grid, names), name):
+        log.info("run %s of %d clients, %d rounds", name, settings.clients, settings.rounds)
         result = run(
             settings.federation(seed),
             parts.methods[0],
@@ -59,9 +59,9 @@ def serve(grid: Any, settings: Settings, folder: Path, names: list[str]) -> None
             out=folder,
             writers=[Lines()],
             resume=resume,
+            metrics_port=settings.metrics_port,
         )
-    report = write_report([result], folder, folder.resolve().name)
-    log.info("run %s is over after %d rounds; report: %s", name, len(result.history), report)
+        log.info("report: %s", write_report([result], folder, folder.resolve().name))
 
 
 class Lines:
@@ -70,7 +70,8 @@ class Lines:
     def write(self, record: Any) -> None:
         """Take one round."""
         scores = ", ".join(f"{n} {v:.4f}" for n, v in record["metrics"].items())
-        log.info("round %d: %d replies, loss %.4f, %s", record["round"], len(record["cohort"]), record["loss"], scores)
+        said, about = "round %d: %d replies, loss %.4f, %s", {"round": record["round"]}
+        log.info(said, record["round"], len(record["cohort"]), record["loss"], scores, extra=about)
 
     def close(self) -> None:
         """No more rounds will come."""

@@ -66,7 +66,8 @@ class Adversaries:
                     )
                 refused |= ~group[name].isfinite().flatten(1).all(1).cpu()
         for client, round in zip(upload.clients[refused].tolist(), rounds[refused].tolist(), strict=True):
-            log.warning("round %d: what client %d sent is refused: it cannot be read, or is not finite", round, client)
+            said = "round %d: what client %d sent is refused: it cannot be read, or is not finite"
+            log.warning(said, round, client, extra={"client": client, "round": round})
         if bool(refused.any()):
             for group in (upload.sums, upload.rows):
                 group |= {n: t.masked_fill(refused.to(t.device).view(-1, *[1] * (t.dim() - 1)), 0) for n, t in group.items()}

@@ -32,6 +32,11 @@ class Arrangement(NamedTuple):
 class Crew(Protocol):
     """Those who do clients' work."""
 
+    @property
+    def replaced(self) -> int:
+        """How many of them were lost and replaced so far, where that is known."""
+        ...
+
     def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
         """Execute as arranged; ``total`` keeps only the sums over clients of what only sums are needed of.
 

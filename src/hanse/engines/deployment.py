@@ -6,12 +6,11 @@ which they come, so a run whose rounds wait for everybody repeats bit for bit, a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -33,7 +32,7 @@ from hanse.engines.execution import Batch, Executor, Lane, Orders, add
 from hanse.engines.letters import Expected, as_bytes, expectations, upload_in
 from hanse.engines.participant import NOTHING
 from hanse.engines.pending import Collected, Result
-from hanse.engines.rounds import Rounds
+from hanse.engines.rounds import Rounds, Standing
 from hanse.engines.simulation import client_state
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Clock, Events, Jobs, among
@@ -69,21 +68,6 @@ class Post(Protocol):
 
 
 Doing = Literal["ready", "work", "away", "failed", "refused"]
-
-
-@dataclass
-class Standing:
-    """What a client is doing, since when, and why: ``ready``, at ``work``, ``away``; or its last work ``failed`` there, or its last
-    reply was ``refused`` here.
-    """
-
-    state: Doing = "ready"
-    since: float = field(default_factory=time.time)
-    why: str = ""
-
-    def turn(self, state: Doing, why: str) -> None:
-        """From now on."""
-        self.state, self.since, self.why = state, time.time(), why
 
 
 class WallClock(Clock):
@@ -128,7 +112,7 @@ class WallClock(Clock):
 
 
 class Deployment(Rounds):
-    """The network of a run with real clients, whose numbers of samples are ``counts`` int64 ``[N]``.
+    """The network of a run with real clients, whose numbers of samples are ``counts`` int64 ``[N]``, and who are called ``names``.
 
     A client that cannot be reached for ``grace`` seconds is given up for the round, one that works is not.
     """
@@ -145,6 +129,7 @@ class Deployment(Rounds):
         *,
         run: str,
         grace: float,
+        names: Sequence[str] = (),
         seed: int,
         rounds: int,
         seconds: float = math.inf,
@@ -167,7 +152,8 @@ class Deployment(Rounds):
         )
         self.clock: WallClock = clock
         self.post, self.run, self.grace = post, run, grace
-        self.standing = [Standing() for _ in range(self.clients)]
+        now = time.time()
+        self.standing = [Standing(name, "ready", now, "") for name in names or map(str, range(self.clients))]
         self.based, self.safe = (np.full(self.clients, NOTHING, dtype=np.int64) for _ in range(2))
         self.refused = self.failed = 0
         self._given_up: dict[int, int] = {}
@@ -208,10 +194,11 @@ class Deployment(Rounds):
             "coded": {} if self.down.plain else {n: len(vector) for n, vector in coded(message)},
         }
         self.post.send(int(job["ticket"]), client, data, about)
-        self.standing[client].turn("work", f"{work} for round {self.round + 1}")
+        self._turn(client, "work", f"{work} for round {self.round + 1}")
 
     async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
         arrived, before = self.arrived[:0], self._missed.copy()
+        self.on_phase("waiting")
         while True:
             for returned in self.post.collect(max(0.0, min(0.5, until - self.now))):
                 self._take_in(returned)
@@ -221,6 +208,7 @@ class Deployment(Rounds):
             back = anyone and bool(((before < NEVER) & (self._missed == NEVER)).any())
             nothing = not len(self.out) and not len(self.clock.rests) and math.isinf(until) and not anyone
             if len(arrived) >= replies or len(events.lost) or len(events.rested) or events.due or back or nothing:
+                self.on_phase("stepping")
                 return events._replace(arrived=arrived)
 
     async def ask(self, clients: Tensor, work: str, message: Tensors, parts: Tensor | None = None) -> Reply:
@@ -289,15 +277,17 @@ class Deployment(Rounds):
         batch = Batch(tickets, versions, upload, torch.tensor([size]), {}, torch.ones(1, dtype=torch.bool))
         self.pending.results.append(Result(returned.client % self.engine.shards, batch))
         self.clock.came(returned.letter, size)
-        self.standing[returned.client].turn("ready", f"replied in round {self.round + 1}")
+        self._turn(returned.client, "ready", f"replied in round {self.round + 1}")
 
     def _read(self, returned: Returned, work: str) -> Upload | None:
         """The upload in a reply, or None where there is none, or none to be used."""
         layouts, like = self.problem.layout_of, self.problem.start
         if returned.data is None:
             self.failed += 1
-            self.standing[returned.client].turn("failed", returned.why)
-            log.warning("client %d did not do its work of round %d: %s", returned.client, self.round + 1, returned.why)
+            self._turn(returned.client, "failed", returned.why)
+            said = "client %d did not do its work of round %d: %s"
+            about = {"client": returned.client, "round": self.round + 1}
+            log.warning(said, returned.client, self.round + 1, returned.why, extra=about)
             return None
         try:
             return upload_in(returned.data, returned.client, self.expected[work], like, self.codec, layouts)
@@ -311,8 +301,9 @@ class Deployment(Rounds):
 
     def _refuse(self, client: int, why: str) -> None:
         self.refused += 1
-        self.standing[client].turn("refused", why)
-        log.warning("client %d is refused in round %d: %s", client, self.round + 1, why)
+        self._turn(client, "refused", why)
+        about = {"client": client, "round": self.round + 1}
+        log.warning("client %d is refused in round %d: %s", client, self.round + 1, why, extra=about)
 
     def _look(self, force: bool = False) -> None:
         """Who can be reached; jobs of those who cannot for long are given up."""
@@ -321,16 +312,18 @@ class Deployment(Rounds):
         self._looked = time.monotonic()
         self.clock.tick()
         reached = self.post.reached()
-        for client, standing in enumerate(self.standing):
+        for client in range(self.clients):
             if client in reached and self._missed[client] < NEVER:
                 self._missed[client] = NEVER
-                standing.turn("work" if client in self.out["client"] else "ready", "it is back")
+                self._turn(client, "work" if client in self.out["client"] else "ready", "it is back")
             elif client not in reached and self._missed[client] == NEVER:
                 self._missed[client] = self.clock.time
-                standing.turn("away", "it cannot be reached")
+                self._turn(client, "away", "it cannot be reached")
         gone = self._missed[self.out["client"]] < self.clock.time - self.grace * SECOND
         for job in self.out[gone]:
-            log.warning("client %d cannot be reached for %g s; round %d goes on", job["client"], self.grace, self.round + 1)
+            about = {"client": int(job["client"]), "round": self.round + 1}
+            said = "client %d cannot be reached for %g s; round %d goes on"
+            log.warning(said, job["client"], self.grace, self.round + 1, extra=about)
         self._give_up(self.out[gone])
         if not reached and bool((self._missed < self.clock.time - 10 * self.grace * SECOND).all()):
             raise StalledError(f"no client can be reached for {10 * self.grace:g} seconds")
@@ -352,9 +345,19 @@ class Deployment(Rounds):
             letter = self.downlink.letters(message.tensors, client, None, version)[0]
             self._post(job, message.work, as_bytes(letter), message.tensors)
 
-    def report(self) -> str:
-        """What every client is doing, as JSON."""
-        return json.dumps({i: vars(standing) for i, standing in enumerate(self.standing)})
+    # ---- what is told
+
+    def _turn(self, client: int, state: Doing, why: str) -> None:
+        """What a client does from now on."""
+        self.standing[client] = Standing(self.standing[client].name, state, time.time(), why)
+
+    def report(self) -> list[Standing]:
+        """See ``Rounds``."""
+        return [*self.standing]
+
+    def failures(self) -> dict[str, int]:
+        """See ``Rounds``; and work that ``failed`` there, and replies that were ``refused``, whose jobs are among those lost."""
+        return {**super().failures(), "failed": self.failed, "refused": self.refused}
 
 
 def expected_of(net: Deployment, split: Split) -> dict[str, dict[str, Expected]]:

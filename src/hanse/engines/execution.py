@@ -155,6 +155,8 @@ class Executor:
     ``kept`` reads what clients keep; a crew that brings the rows of each batch along has none.
     """
 
+    replaced = 0
+
     def __init__(
         self,
         problem: Problem,

@@ -56,6 +56,7 @@ class flower(Engine):
                 raise ConfigError(f"{simulated}: not allowed with engine flower: it is simulated")
         run.pop("schedule")
         counts = link.post.gather(federation, link.run, self.gather)
+        run["names"] = [link.post.called[client] for client in range(federation.clients)]
         return Deployment(federation, method, self, codec, down, link.post, counts, run=link.run, grace=self.grace, **run)
 
 
@@ -116,6 +117,8 @@ class GridPost:
         self.grid, self.names = grid, names
         self.nodes: dict[int, int] = {}
         """Flower's numbers of the nodes, by client."""
+        self.called: dict[int, str] = {}
+        """What clients are called: as their keys were registered, else by their numbers."""
         self.open: dict[str, tuple[int, int]] = {}
         """Letters and clients, by the message that replies are asked for by."""
         self.unsent: list[Returned] = []
@@ -134,7 +137,8 @@ class GridPost:
         try:
             number = self._push(self.nodes[client], data, {**about, "letter": letter, "client": client, "ask": "work"})
         except (ValueError, RuntimeError, OSError) as error:
-            log.warning("client %d: what it was sent did not get to the server's link: %s", client, error)
+            said = "client %d: what it was sent did not get to the server's link: %s"
+            log.warning(said, client, error, extra={"client": client})
             number = ""
         if number:
             self.open[number] = (letter, client)
@@ -215,6 +219,11 @@ class GridPost:
         if wrong:
             return "; ".join(wrong)
         self.nodes[client], counts[client] = node, samples
+        self.called[client] = name or (self.names[client] if self.names else str(client))
+        about = {"client": client}
+        log.info(
+            "%s is there, with %d samples: %d of %d", self.called[client], samples, len(counts), federation.clients, extra=about
+        )
         return ""
 
 

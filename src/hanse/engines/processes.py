@@ -235,7 +235,7 @@ class Processes:
         return None
 
     def _replace(self, place: int, waiting: deque[int], why: str) -> None:
-        log.warning("worker %d %s; another one takes its place", place, why)
+        log.warning("worker %d %s; another one takes its place", place, why, extra={"worker": place})
         worker = self.workers[place]
         worker.end()
         self.replaced += 1

@@ -323,7 +323,8 @@ class Programs:
             return
         self._count(receiver, 1, size)
         if x is not None and not bool(x.isfinite().all()):
-            log.warning("node %d refuses what node %d sent: it is not finite", receiver, letter.sender)
+            said = "node %d refuses what node %d sent: it is not finite"
+            log.warning(said, receiver, letter.sender, extra={"client": letter.sender})
         else:
             node.inbox.put_nowait(letter)
 

@@ -134,6 +134,8 @@ def _bytes(tensors: Tensors, about: About | None = None) -> Bytes:
 class Actors:
     """``Hands`` of Ray actors."""
 
+    replaced = 0  # Ray starts them again and tells nobody
+
     def __init__(self, recipe: Recipe, shards: list[Tensors], engine: ray) -> None:
         self.ray = connected(engine.address)
         remote = self.ray.remote(num_cpus=engine.cpus, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=TRIES)(Shard)

@@ -124,6 +124,9 @@ def trained_of(reply: Tensors, batches: list[Orders], device: torch.device) -> l
 class Hands(Protocol):
     """Workers and the way to them."""
 
+    replaced: int
+    """How many were lost and replaced so far."""
+
     def work(self, tensors: Tensors, about: About, kept: Mapping[int, Tensors]) -> list[Tensors]:
         """Have ``answer`` called for the lanes that ``kept`` has; their replies, in this order.
 
@@ -144,6 +147,11 @@ class Remote:
 
     def __init__(self, executor: Executor, hands: Hands) -> None:
         self.executor, self.hands = executor, hands
+
+    @property
+    def replaced(self) -> int:
+        """See ``Crew``."""
+        return self.hands.replaced
 
     def run(self, orders: Orders, how: Arrangement, total: bool) -> list[Lane]:
         """See ``Crew``."""

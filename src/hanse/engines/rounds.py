@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Coroutine
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ SHARE_BYTES = 8
 
 FORMAT = 5
 """Version of a checkpoint's layout; one that reads differently counts up."""
+
+
+class Standing(NamedTuple):
+    """What a client is doing, since when (seconds since 1970), and why: ``ready``, at ``work``, ``away``; or its last work
+    ``failed`` there, or its last reply was ``refused`` here.
+    """
+
+    name: str
+    state: str
+    since: float
+    why: str
 
 
 def alike(one: Tensors, other: Tensors) -> bool:
@@ -111,11 +122,21 @@ class Rounds:
         self.letters: dict[str, list[int]] = {}
         """Messages and bytes by kind that peers' programs have sent so far."""
         self.stopping = False
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        """Is told when the network begins to be ``waiting`` for clients, and when it is ``stepping``, by itself, again."""
         self._draws = 0
         self._mark()
 
     def close(self) -> None:
         """No more work will come."""
+
+    def report(self) -> list[Standing]:
+        """What every client is doing; empty where they are simulated."""
+        return []
+
+    def failures(self) -> dict[str, int]:
+        """What has gone wrong so far, by kind: jobs ``lost``, and replies that came too ``late``."""
+        return {"lost": self.clock.lost, "late": self.clock.late}
 
     @property
     def personal(self) -> bool:

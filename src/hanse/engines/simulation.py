@@ -130,6 +130,10 @@ class Simulation(Peers):
         """Who does the clients' work."""
         return self.engine.crew(self.executor, self.federation)
 
+    def failures(self) -> dict[str, int]:
+        """See ``Rounds``; and workers that were ``replaced``."""
+        return {**super().failures(), "replaced": self.crew.replaced if "crew" in self.__dict__ else 0}
+
     def close(self) -> None:
         """No more work will come."""
         if "crew" in self.__dict__:
@@ -206,10 +210,13 @@ class Simulation(Peers):
         if self.arrangement is None:
             self.arrangement = fastest(self, replace(orders, work="train"))  # an opening is over at once
             self.engine = type(self.engine)(**{**dict(self.engine), **self.arrangement._asdict()})
+        self.on_phase("waiting")
         lanes = self.crew.run(orders, self.arrangement, total)
         batches = [batch for lane in lanes for batch in lane.batches]
         loss = side_by_side([b.upload.loss for b in batches], self.problem.start)
-        if not math.isfinite(float(loss.double().sum())):
+        finite = math.isfinite(float(loss.double().sum()))
+        self.on_phase("stepping")  # not before a number was asked for: an accelerator is still at work until then
+        if not finite:
             who = side_by_side([b.upload.clients for b in batches], orders.clients)
             bad = int(who[~torch.isfinite(loss.cpu())][0])
             raise DivergedError(

@@ -15,11 +15,13 @@ from hanse.core.errors import CheckpointError
 from hanse.track.run import Record, Run
 
 HISTORY, CHECKPOINT, SETTINGS, CLIENTS = "history.jsonl", "checkpoint.safetensors", "run.json", "clients.safetensors"
+STATUS, LOG = "status.json", "log.jsonl"
 
 
 class Folder:
     """``path`` holds ``run.json`` (settings and notes), ``history.jsonl``, ``checkpoint.safetensors`` and, at the end,
-    ``clients.safetensors``. Raises ``CheckpointError`` with the reason when it cannot be written or read.
+    ``clients.safetensors``; a run that goes on keeps ``status.json`` and ``log.jsonl`` there. Raises ``CheckpointError`` with the
+    reason when it cannot be written or read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,10 +29,7 @@ class Folder:
 
     def write(self, run: Run) -> None:
         """A whole run at once; an earlier run in the folder is replaced."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
+        self.make()
         self.clear()
         self.describe(run)
         self.replace(HISTORY, b"".join(json.dumps(r).encode() + b"\n" for r in run.history))
@@ -38,6 +37,13 @@ class Folder:
             self.save(run.clients, CLIENTS)
         if run.state or run.weights:
             self.checkpoint(run.state, run.weights)
+
+    def make(self) -> None:
+        """Have the folder be there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
 
     def checkpoint(self, state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
         """Replace the checkpoint: what a run goes on from, and the model by name."""
@@ -51,7 +57,7 @@ class Folder:
     def clear(self) -> None:
         """Remove an earlier run's files."""
         try:
-            for name in (SETTINGS, HISTORY, CHECKPOINT, CLIENTS):
+            for name in (SETTINGS, HISTORY, CHECKPOINT, CLIENTS, STATUS):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"out: {self.path} cannot be written: {error.strerror}") from None
