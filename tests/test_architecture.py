@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "catalogue": BELOW | {"methods", "schedules", "engines"},
     "systems": set(),
     "experiment": BELOW | {"federation", "methods", "schedules", "engines", "config", "track"},
-    "deploy": BELOW | {"federation", "methods", "schedules", "engines", "config", "track", "experiment"},
     "study": BELOW | {"federation", "methods", "schedules", "engines", "config", "track", "experiment"},
 }
 """Module prefixes below ``hanse`` that each room may import besides itself. Rooms left out are entrances and may import all."""

@@ -160,9 +160,9 @@ def test_it_says_what_every_client_does_and_what_went_wrong(tmp_path: Path, deed
     deed.append(spoil)
     everybody = hs.schedules.synchronous(cohort=7)
     go(loopback(**ALONE, folder=str(tmp_path / "kept")), rounds=1, schedule=everybody, on_start=nets.append, out=tmp_path / "run")
-    assert told[0] == (["work"] * 7, {"lost": 0, "late": 0, "refused": 0})
+    assert told[0] == (["work"] * 7, {"lost": 0, "late": 0, "failed": 0, "refused": 0})
     assert sorted(told[-1][0]) in (sorted(["ready"] * 5 + ["refused", "work"]), ["ready"] * 6 + ["work"])
-    assert nets[0].failures() == {"lost": 1, "late": 0, "refused": 1}
+    assert nets[0].failures() == {"lost": 1, "late": 0, "failed": 0, "refused": 1}
     found = status_of(tmp_path / "run", 0.0)
     assert [client["name"] for client in found["clients"]] == [*"0123456"]
     assert [client["state"] for client in found["clients"]] == ["ready"] * 3 + ["refused"] + ["ready"] * 3

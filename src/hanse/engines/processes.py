@@ -31,7 +31,7 @@ from hanse.engines.base import Crew, Engine
 from hanse.engines.execution import Executor, keep_freed_memory
 from hanse.engines.remote import Recipe, Remote, answer, data_of
 from hanse.federation import Federation
-from hanse.transport.blocks import Block, Blocks, attach
+from hanse.transport.blocks import Block, Blocks, attach, sweep
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +118,12 @@ class Worker:
         return torch.from_numpy(looked_at)[:size]
 
     def end(self) -> None:
-        """It is gone, at once."""
+        """It is gone, at once, and so is what it had in shared memory."""
         self.connection.close()
         self.process.kill()
         self.process.join()
         self.blocks.close()
+        sweep()
 
 
 class Pool:
@@ -266,25 +267,27 @@ def serve(connection: Connection, sign: str) -> None:
     keep_freed_memory()
     with suppress(EOFError, OSError):  # the owner is gone
         while True:
-            recipe, (name, size) = connection.recv()
-            _take_part(connection, recipe, attach(name)[:size])
+            recipe, data = connection.recv()
+            _take_part(connection, recipe, data)
     os._exit(0)
 
 
-def _take_part(connection: Connection, recipe: Recipe, data: Tensor) -> None:
-    """Do what is asked in one run."""
+def _take_part(connection: Connection, recipe: Recipe, data: tuple[str, int]) -> None:
+    """Do what is asked in one run. What goes wrong is told to who asks, also if it went wrong before."""
     torch.set_num_threads(1)
-    executor = recipe.executor(read(data)[0])
     blocks, lent = Blocks(), dict[str, Block]()
-    seen, memory = "", data[:0]
+    seen, memory = "", torch.empty(0, dtype=torch.uint8)
+    executor: Executor | None = None
     try:
         while (request := json.loads(connection.recv_bytes())) is not None:
             for free in request["free"]:
                 blocks.give_back(lent.pop(free))
-            if request["block"] != seen:
-                seen, memory = request["block"], attach(request["block"])
             said: dict[str, Any] = {"order": request["order"]}
             try:
+                if executor is None:
+                    executor = recipe.executor(read(attach(data[0])[: data[1]])[0])
+                if request["block"] != seen:
+                    seen, memory = request["block"], attach(request["block"])
                 reply = _answer(executor, memory[: request["size"]], request["lane"])
                 size = wire_size(reply)
                 block = blocks.take(size)

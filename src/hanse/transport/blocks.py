@@ -40,8 +40,8 @@ class Blocks:
     """The blocks that this process owns. Those given back are lent again, uncleared, to whoever takes as much or less."""
 
     def __init__(self) -> None:
-        place = SHARED if SHARED.is_dir() and os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
-        _sweep(place)
+        sweep()
+        place = _place()
         made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))  # not yet anything that others would remove
         self._lock = os.open(made / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -106,9 +106,13 @@ def _remove(folder: Path, lock: int) -> None:
         os.close(lock)
 
 
-def _sweep(place: Path) -> None:
+def _place() -> Path:
+    return SHARED if SHARED.is_dir() and os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def sweep() -> None:
     """Remove the folders of owners that are gone: nobody holds their lock."""
-    for folder in place.glob(f"{PREFIX}*"):
+    for folder in _place().glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder.stat().st_uid != os.getuid():
                 continue
