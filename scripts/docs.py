@@ -108,7 +108,7 @@ def example(name: str) -> str:
 def commands() -> str:
     """What every command says of itself."""
     page = []
-    for command in ("run", "resume", "report", "list", "reproduce", "bench"):
+    for command in ("run", "resume", "status", "report", "list", "reproduce", "doctor", "bench"):
         shown = CliRunner().invoke(app, [command, "--help"], prog_name="hanse", terminal_width=88)
         page.append(f"## hanse {command}\n\n```text\n{shown.stdout.strip()}\n```")
     return "\n\n".join(page)

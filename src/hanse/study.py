@@ -231,6 +231,7 @@ class Study:
             if not resume:
                 for cell in self.cells():  # a later resume must not take an earlier study's runs for this one's
                     Folder(cell.path).clear()
+                    (cell.path / LOG).unlink(missing_ok=True)
                 Folder(self.folder).replace(STUDY, self.settings.toml().encode())
         except OSError as error:
             raise CheckpointError(f"out: {self.folder} cannot be written: {error.strerror}") from None

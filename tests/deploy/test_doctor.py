@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -415,6 +418,24 @@ def test_the_command_on_the_server(fed: Path, capsys: pytest.CaptureFixture[str]
     outcome = hanse(capsys, "doctor", fed)
     assert outcome.status == 1
     assert "problem  key files" in outcome.out and "problem  settings" in outcome.out and "not an app of hanse" in outcome.out
+
+
+def test_the_server_answers_until_it_is_interrupted(fed: Path, port: int) -> None:
+    command = [sys.executable, "-c", "from hanse.cli import main; main()", "doctor", str(fed), "--listen"]
+    environment = {**os.environ, "HANSE_DATA": str(fed / "nodes" / "ada" / "data"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert said.startswith("on each node: hanse doctor ") and f"answering at 127.0.0.1:{port}" in process.stderr.readline()
+    token = said.split()[-1]
+    end = time.monotonic() + 20
+    while doctor.handshake(at(fed, port)).state != "ok":
+        assert time.monotonic() < end
+    about = doctor.asked(at(fed, port), token)
+    assert isinstance(about, dict) and about["versions"] == installed() and about["settings"] == RUN.toml()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0
+    assert process.stderr.read() == "stopped answering\n"
 
 
 def spoiled(change: Callable[[Path], Any]) -> Callable[[Path], Path]:

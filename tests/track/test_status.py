@@ -25,6 +25,7 @@ from hanse.study import Study
 from hanse.track import status
 from hanse.track.folder import STATUS, Folder
 from hanse.track.logs import logged
+from hanse.track.run import Record
 from hanse.track.status import FIELDS, Phases, Status, born, in_words, status_of
 
 HERE: dict[str, Any] = {"path": "stacked", "chunk": 3, "workers": 1, "threads": 1}
@@ -37,6 +38,16 @@ def go(out: Path, **how: Any) -> hs.Run:
     return hs.run(
         federation, how.pop("method", hs.methods.FedAvg()), hs.schedules.synchronous(cohort=3), engine=engine, out=out, **how
     )
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def write(self, record: Record) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +194,10 @@ def test_all_runs_of_a_study_are_shown(tmp_path: Path, capsys: pytest.CaptureFix
         "rounds": 2,
         "engine": 'local("stacked", 3, 1, 1)',
     }
-    Study(Settings(**small, seed=(0, 1)), tmp_path / "study").run()
-    Folder(tmp_path / "study" / "fedavg-seed1").clear()
+    study = Study(Settings(**small, seed=(0, 1)), tmp_path / "study")
+    study.run()
+    study._prepare(resume=False)
+    study._run_one(next(study.cells()), False, Silent())
     outcome = hanse(capsys, "status", tmp_path / "study")
     assert f"{tmp_path / 'study' / 'fedavg-seed0'}: finished\n" in outcome.out
     assert outcome.out.endswith(f"{tmp_path / 'study' / 'fedavg-seed1'}: not begun\n1 finished and 1 not begun\n")
