@@ -36,7 +36,7 @@ class Aggregator:
             if event.kind is Kind.FORGET:
                 self.shelves[event.shelf].forget(event.block)
             elif event.kind is Kind.SEND:
-                self.data.sendall(self.shelves[event.shelf].view(event.block).view("uint8"))
+                self.data.sendall(memoryview(self.shelves[event.shelf].view(event.block)))  # type: ignore[arg-type]
             elif event.kind is Kind.START:
                 self.partial = Partial(self.shelves[event.shelf].view(event.block))
                 self._out, self._expected, self._seen, self._busy = event, int(event.weight), 0, 0
@@ -85,9 +85,10 @@ def serve(control: socket.socket, data: socket.socket, idle: float, shelves: Seq
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then ends this one
-    fds, idle, size, shelves = sys.argv[1:3], float(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
+    control, data, idle, size, *pairs = sys.argv[1:]
     serve(
-        *(socket.socket(fileno=int(fd)) for fd in fds),
-        idle,
-        [Shelf(folder, dtype, size) for dtype, folder in zip(shelves[::2], shelves[1::2], strict=True)],
+        socket.socket(fileno=int(control)),
+        socket.socket(fileno=int(data)),
+        float(idle),
+        [Shelf(folder, dtype, int(size)) for dtype, folder in zip(pairs[::2], pairs[1::2], strict=True)],
     )

@@ -31,7 +31,7 @@ def smoothed(before: float | None, rate: float, seconds: float, a: float = 0.7) 
 
 
 def best_fit(capacity: Sequence[float], queued: Sequence[float], updates: int) -> tuple[list[int], int]:
-    """The node of each update, and how many of them (the last ones) are beyond all capacity and queue at the node with most left."""
+    """The node of each update, and how many of them, the last ones, are beyond all capacity and queue where most is left."""
     residual = [most - now for most, now in zip(capacity, queued, strict=True)]
     nodes: list[int] = []
     for i in sorted(range(len(residual)), key=residual.__getitem__):  # the fullest stays the fullest until it has no room
@@ -77,8 +77,8 @@ OUT = -1
 def tree(updates: int, fan_in: int, lanes: int) -> tuple[list[Step], list[tuple[int, int]]]:
     """The steps on a node, and the (step, slot) of each update.
 
-    Updates are taken in groups of ``fan_in``. There are ``ceil(updates / fan_in)`` of them, and at most ``lanes`` leaves: group g is
-    leaf ``g % lanes``'s, which adds it to its own last result. So memory does not grow with the number of updates. The middle one
+    Updates are taken in groups of ``fan_in``, a leaf's task each. No more than ``lanes`` leaves exist at once: group g is taken by
+    leaf ``g % lanes``, which adds it to its own last result. So memory does not grow with the number of updates. The middle one
     adds the leaves' last results. All of this follows from the three numbers alone.
     """
     groups = leaves(updates, fan_in)

@@ -7,9 +7,9 @@
         mean, weight = round.finish()
 
 What decides the result. Updates have places, 0 to expected - 1: those of their arrival, or, under ``order="place"``, given ones.
-The tree follows from the number expected, ``fan_in``, ``workers`` and ``capacity``; inputs are added in the order of the places. So the same
-values, weights and places give the same bits, however fast anybody was and whoever was killed. Under ``order="arrival"`` another
-order of arrival changes the last bits of float32 sums, and, with ``accumulate="float64"``, bits far behind a float32's last.
+The tree follows from the number expected, ``fan_in``, ``workers``, ``nodes`` and ``capacity``, and inputs are added in the order of the
+places. So the same values, weights and places give the same bits, however fast anybody was and whoever was killed. Under
+``order="arrival"`` another order of arrival changes the last bits of the sums: float32's, or with ``accumulate="float64"`` float64's.
 
 The service has no thread of its own: it moves on whenever it is called. Aggregators go on by themselves with what they were given.
 """
@@ -120,12 +120,14 @@ class _Node:
 
 
 class Aggregation:
-    """Means of vectors of ``size`` numbers (or of a ``Layout``), round after round, by aggregators on ``nodes`` nodes of this machine.
+    """Means of vectors of ``size`` numbers (or of a ``Layout``), round after round, on ``nodes`` nodes that are all on this machine.
 
-    ``workers`` is the most aggregators a node has (default: the cores, divided by the nodes), ``fan_in`` (I) the updates that one adds
-    before its result is safe, ``capacity`` (MC) the updates a node takes before the next one is opened, by default all. ``budget`` is
-    bytes of shared memory a node, by default what its aggregators can hold and as much again. ``idle`` is the seconds without work
-    after which an aggregator ends (T_idle), ``eager=False`` has it wait until all of its inputs are there.
+    ``workers`` is the most aggregators a node has, by default the cores divided by the nodes; ``fan_in`` (I) the updates that one
+    adds before the result is safe; ``capacity`` (MC) the updates that a node takes before the next one is opened, by default all.
+    ``budget`` is bytes of shared memory a node, by default what its aggregators can hold and as much again. After ``idle`` seconds
+    without work an aggregator ends (T_idle); with ``eager=False`` it begins when all of its inputs are there.
+
+    Raises ``ConfigError`` on settings that cannot be.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Aggregation:
     ) -> None:
         self.layout = size if isinstance(size, Layout) else None
         self.size = self.layout.size if self.layout else int(size)  # type: ignore[arg-type]
-        workers = max(1, len(os.sched_getaffinity(0)) // nodes) if workers is None else workers
+        workers = max(1, (os.cpu_count() or 1) // max(nodes, 1)) if workers is None else workers
         for name, value in (("size", self.size), ("nodes", nodes), ("workers", workers)):
             if value < 1:
                 raise ConfigError(f"{name}: {value}; allowed: 1 or more")
@@ -166,7 +168,9 @@ class Aggregation:
             updates = most // (self.size * dtypes[UPDATES].itemsize)
             if updates < fan_in:
                 least = budget - most + fan_in * self.size * dtypes[UPDATES].itemsize
-                raise ConfigError(f"budget: {budget:,}; allowed: {least:,} bytes or more with {workers} workers and fan_in {fan_in}")
+                raise ConfigError(
+                    f"budget: {budget:,}; allowed: {least:,} bytes or more with {workers} workers and fan_in {fan_in}"
+                )
         self._selector = selectors.DefaultSelector()
         self._round: Round | None = None
         self.nodes: list[_Node] = []
@@ -216,9 +220,7 @@ class Aggregation:
         """Bytes of shared memory taken at most, over all nodes."""
         return sum(node.store.peak_bytes for node in self.nodes)
 
-    def round(
-        self, expected: int, *, order: Literal["arrival", "place"] = "arrival", deadline: float | None = None
-    ) -> Round:
+    def round(self, expected: int, *, order: Literal["arrival", "place"] = "arrival", deadline: float | None = None) -> Round:
         """A round of ``expected`` updates, which takes none any more after ``deadline`` seconds."""
         if expected < 1:
             raise ConfigError(f"expected: {expected}; allowed: 1 or more")
@@ -299,7 +301,7 @@ class Aggregation:
         """More of another node's result has come; it is written where it will be read."""
         task = worker.task
         assert task is not None and task.out is not None
-        memory = memoryview(task.out.values.view(torch.uint8).numpy())
+        memory = task.out.values.view(torch.uint8).numpy().data
         try:
             got = worker.data.recv_into(memory[task.received :])
         except ConnectionError:
@@ -339,7 +341,9 @@ class Aggregation:
         task.out, task.worker, task.attempts = None, None, task.attempts + 1
         self.counters.redone += 1
         if task.attempts == ATTEMPTS:
-            raise TransportError(f"aggregators: {ATTEMPTS} have ended over the same task, the last with {worker.process.returncode}")
+            raise TransportError(
+                f"aggregators: {ATTEMPTS} have ended over the same task, the last with {worker.process.returncode}"
+            )
         task.queued = True
         task.node.waiting.appendleft(task)
 
@@ -520,7 +524,8 @@ class Round:
     def finish(self, out: Tensor | None = None) -> tuple[Tensor, float]:
         """The weighted mean of what has arrived, ``[size]`` in the type of accumulation, and the sum of the weights.
 
-        The mean is the shared memory that it was written to, or ``out`` if given. Raises ``HanseError`` if nothing with a weight arrived.
+        The mean is the shared memory that it was written to, or ``out`` if given. Raises ``HanseError`` if nothing with a weight
+        has arrived.
         """
         if self.closed:
             raise ConfigError("round: it has been finished")

@@ -71,7 +71,7 @@ class Store:
         return self.used[shelf] >= self.most[shelf]
 
     def take(self, shelf: int) -> Stored:
-        """A vector to be filled, needed by the caller. Raises ``TransportError`` if its shelf is full or the machine's memory is."""
+        """A vector to be filled, needed by the caller. Raises ``TransportError`` if its shelf or the machine's memory is full."""
         dtype = self.dtypes[shelf]
         if self.full(shelf):
             size = self.most[shelf] * self.size * dtype.itemsize
