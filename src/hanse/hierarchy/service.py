@@ -7,9 +7,9 @@
         mean, weight = round.finish()
 
 What decides the result. Updates have places, 0 to expected - 1: those of their arrival, or, under ``order="place"``, given ones.
-The tree follows from the number expected, ``fan_in``, ``workers``, ``nodes`` and ``capacity``, and inputs are added in the order of the
-places. So the same values, weights and places give the same bits, however fast anybody was and whoever was killed. Under
-``order="arrival"`` another order of arrival changes the last bits of the sums: float32's, or with ``accumulate="float64"`` float64's.
+The tree follows from the number expected, ``fan_in``, ``workers``, ``nodes`` and ``capacity``, and inputs are added in the order of
+the places. So the same values, weights and places give the same bits, however fast anybody was and whoever was killed. Under
+``order="arrival"`` another order changes the last bits of the sums: float32's, or with ``accumulate="float64"`` float64's.
 
 The service has no thread of its own: it moves on whenever it is called. Aggregators go on by themselves with what they were given.
 """
@@ -120,7 +120,7 @@ class _Node:
 
 
 class Aggregation:
-    """Means of vectors of ``size`` numbers (or of a ``Layout``), round after round, on ``nodes`` nodes that are all on this machine.
+    """Means of vectors of ``size`` numbers (or of a ``Layout``), round after round, on ``nodes`` nodes, all on this machine.
 
     ``workers`` is the most aggregators a node has, by default the cores divided by the nodes; ``fan_in`` (I) the updates that one
     adds before the result is safe; ``capacity`` (MC) the updates that a node takes before the next one is opened, by default all.
