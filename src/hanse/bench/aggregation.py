@@ -1,8 +1,8 @@
 """Means of large updates: hanse's tree over shared memory, one always-on aggregator, and a process per aggregator over TCP.
 
-A process that stands for the clients has a few source buffers, as many as hold 400 MB and at least two, and sends each again and
-again, so that updates come from memory and never exist all at once. Every case has processes of its own and a round to warm up;
-the time is from the first request for an update to the mean. The bound is a plain loop of ``sums.add_(update)`` on all cores.
+A process that stands for the clients has a few source buffers, 400 MB of them or two, and at most 32, and sends each again and again,
+so that updates never exist all at once. Every case has processes of its own and a round to warm up; the time is from the first
+request for an update to the mean. The bound is a plain loop of ``sums.add_(update)`` on all cores.
 
 CPU seconds of the servers and aggregators and of the clients are apart. Memory is the peak of servers and aggregators: what each
 has had for itself at most, its share of mapped files, and the shared memory that the service has taken at most.
@@ -42,6 +42,8 @@ COPIES = {IN_PLACE: 0, COPIED: 1, ONE: 2, LOCAL: 2, TREE: 2}
 FLAT, LARGE = "1,000 updates", "exchange"
 SOURCES = 400_000_000
 """Bytes that the clients' buffers hold together."""
+WARM = 32
+"""Updates of the round before, at most."""
 FAN_IN = 8
 CORES = os.cpu_count() or 1
 CLIENTS, SEGMENT = 6, 8_000_000
@@ -52,7 +54,7 @@ MODEL = 425_000_000
 
 def sources(size: int) -> list[Tensor]:
     """The clients' buffers."""
-    return [torch.randn(size, generator=Streams(i).torch("workload")) for i in range(max(2, min(100, SOURCES // (4 * size))))]
+    return [torch.randn(size, generator=Streams(i).torch("workload")) for i in range(min(max(2, SOURCES // (4 * size)), WARM))]
 
 
 class Child:
@@ -213,7 +215,7 @@ def play_receiver(size: int, path: str) -> None:
 
 def timed(work: Callable[[int], float], updates: int, servers: Callable[[], list[int]], clients: list[int]) -> dict[str, float]:
     """Seconds and CPU seconds of a round, after another one; ``work`` gives the mean's first number."""
-    work(min(updates, 32))
+    work(min(updates, WARM))
     before = cpu(servers()), cpu(clients)
     began = time.perf_counter()
     first = work(updates)

@@ -30,6 +30,7 @@ SLUGS = (
     "flag",
     "frl",
     "gossip-variance",
+    "lifl",
     "modest",
     "momentum",
     "rffl",
