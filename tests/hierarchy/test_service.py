@@ -381,6 +381,16 @@ def test_results_stay_when_the_service_is_gone() -> None:
     assert torch.equal(first, kept)
 
 
+def test_aggregators_let_go_of_results_that_were_given_out() -> None:
+    x, weights = updates(5)
+    with Aggregation(SIZE, workers=1) as service:
+        for _ in range(4):
+            mean(service, x, weights)
+        (pid,) = service.aggregators
+        maps = Path(f"/proc/{pid}/maps")
+        until(lambda: not any("hanse-" in line and "(deleted)" in line for line in maps.read_text().splitlines()))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

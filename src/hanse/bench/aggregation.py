@@ -1,8 +1,8 @@
 """Means of large updates: hanse's tree over shared memory, one always-on aggregator, and a process per aggregator over TCP.
 
-A process that stands for the clients has a few source buffers, 400 MB of them or two, and at most 32, and sends each again and again,
-so that updates never exist all at once. Every case has processes of its own and a round to warm up; the time is from the first
-request for an update to the mean. The bound is a plain loop of ``sums.add_(update)`` on all cores.
+Processes that stand for the clients have a few source buffers, 400 MB of them or two, and at most 32, and send each again and
+again, so that updates never exist all at once. Every case has processes of its own and a round to warm up; the time is from the
+first request for an update to the mean. The bound is a plain loop of ``sums.add_(update)`` on all cores.
 
 CPU seconds of the servers and aggregators and of the clients are apart. Memory is the peak of servers and aggregators: what each
 has had for itself at most, its share of mapped files, and the shared memory that the service has taken at most.
@@ -42,6 +42,8 @@ COPIES = {IN_PLACE: 0, COPIED: 1, ONE: 2, LOCAL: 2, TREE: 2}
 FLAT, LARGE = "1,000 updates", "exchange"
 SOURCES = 400_000_000
 """Bytes that the clients' buffers hold together."""
+COPYING = 2
+"""Clients that copy at a time."""
 WARM = 32
 """Updates of the round before, at most."""
 FAN_IN = 8
@@ -233,7 +235,7 @@ def ours(who: str, updates: int, size: int, workers: int = 0, fan_in: int = FAN_
     room = room or max(fan_in * workers + 4, len(buffers))
     out = torch.zeros(size)
     with ExitStack() as stack:
-        clients = [] if who == IN_PLACE else [stack.enter_context(Child("clients", size))]
+        clients = [stack.enter_context(Child("clients", size)) for _ in range(0 if who == IN_PLACE else COPYING)]
         budget = (room + 2 * workers + 2) * 4 * size
         service = stack.enter_context(Aggregation(size, workers=workers, fan_in=fan_in, budget=budget, idle=60))
         lying = []
@@ -251,13 +253,13 @@ def ours(who: str, updates: int, size: int, workers: int = 0, fan_in: int = FAN_
                 asked = []
                 for i in range(updates):
                     asked.append(service.lend())
-                    clients[0].tell("fill", asked[-1].name, i)
-                    if len(asked) > min(2, room - fan_in):  # so that the clients need not wait for the next one
-                        clients[0].hear()
+                    clients[i % COPYING].tell("fill", asked[-1].name, i)
+                    if len(asked) > min(2 * COPYING, room - fan_in):  # so that the clients need not wait for the next one
+                        clients[(i + 1 - len(asked)) % COPYING].hear()
                         round.hand_in(asked.pop(0))
-                for one in asked:
-                    clients[0].hear()
-                    round.hand_in(one)
+                for i in range(updates - len(asked), updates):
+                    clients[i % COPYING].hear()
+                    round.hand_in(asked.pop(0))
             return float(round.finish(out)[0][0])
 
         found = timed(work, updates, lambda: [os.getpid(), *service.aggregators], [c.process.pid for c in clients])

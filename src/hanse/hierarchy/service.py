@@ -228,6 +228,7 @@ class Aggregation:
             raise ConfigError(f"order: {order!r}; allowed: arrival, place")
         if self._round is not None:
             raise ConfigError("round: the last one is not finished")
+        # There is one round at a time, so nothing queues when it begins.
         assigned, _ = plan.best_fit(self.capacity, [0] * len(self.nodes), expected)
         for node in self.nodes:
             node.arrived, node.done, node.busy = 0, 0, 0.0
