@@ -121,6 +121,18 @@ def test_results_of_all_used_nodes_but_one_travel(clients: int, used: int) -> No
     assert torch.allclose(found.double(), flat(x, weights), rtol=0, atol=1e-6 * float(x.abs().max()))
 
 
+def test_the_top_does_not_hold_the_process_that_it_waits_for() -> None:
+    x, weights = updates(5)
+    with Aggregation(SIZE, nodes=2, workers=1, fan_in=2, capacity=[2, 5]) as service:
+        round = service.round(5)
+        for i in range(5):
+            if i == 2:  # the other node's result is at the top's before its own leaf begins
+                until(lambda: service._pump(0) or service.counters.inter_bytes == 4 * SIZE)
+            round.put(x[i], weights[i])
+        found, _ = round.finish()
+    assert torch.allclose(found.double(), flat(x, weights), rtol=0, atol=1e-5)
+
+
 # Check 5
 
 
