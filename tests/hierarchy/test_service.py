@@ -304,6 +304,15 @@ def test_fewer_than_expected_are_averaged_as_they_are() -> None:
         assert not round.put(x[0]) and service.counters.late == 1
 
 
+def test_hardly_any_of_very_many_expected() -> None:
+    x, weights = updates(3)
+    with Aggregation(SIZE, workers=1, fan_in=2) as service:
+        round = service.round(10_000)
+        for row, weight in zip(x, weights, strict=True):
+            round.put(row, weight)
+        assert torch.allclose(round.finish()[0].double(), flat(x, weights), rtol=0, atol=1e-5)
+
+
 def test_late_updates_are_counted_and_dropped() -> None:
     x, _ = updates(3)
     with Aggregation(SIZE) as service:

@@ -349,36 +349,44 @@ class Aggregation:
         task.node.waiting.appendleft(task)
 
     def _arrive(self, task: _Task, slot: int, stored: Stored | None) -> None:
-        """An input of a task is there, or is known not to come."""
+        """An update is there, or is known not to come (None)."""
+        if self._over(task, slot, stored):
+            self._deliver(task, next(iter(task.present), None))
+
+    def _deliver(self, task: _Task, result: Stored | None) -> None:
+        """Hand a task's result on, past all tasks that have nothing to add to it."""
+        while task.parent is not None:
+            slot, task = task.slot, task.parent
+            if not self._over(task, slot, result):
+                return
+            result = next(iter(task.present), None)
+        assert self._round is not None
+        self._round.result, self._round.over = result, True
+
+    def _over(self, task: _Task, slot: int, stored: Stored | None) -> bool:
+        """Take an input in, and give it to an aggregator if one is needed; True if a single input, or none, is the result."""
         task.inputs[slot], task.known[slot] = stored, True
         task.missing -= 1
         if task.worker is not None:
             self._feed(task)
-            return
+            return False
         present = task.present
         if not task.missing and (not present or (len(present) == 1 and self._passes(task, present[0]))):
             if task.queued:
                 task.node.waiting.remove(task)
-            self._deliver(task, present[0] if present else None)
-            return
+            return True
         # What waits for other aggregators begins when all is there: it might hold the process that one of them needs.
         begins = not task.missing or (self.eager and task.role is Role.LEAF and task.known[0] and bool(present))
         if begins and not task.queued:
             task.queued = True
             task.node.waiting.append(task)
         self._dispatch(task.node)
+        return False
 
     def _passes(self, task: _Task, only: Stored) -> bool:
         """Whether a single input is the result as it is: not if it has to travel, nor if results are of another type."""
         same = only.shelf == RESULTS or only.store.dtypes[UPDATES] is only.store.dtypes[RESULTS]
         return task.role is not Role.SENDER and same and only.references == 1
-
-    def _deliver(self, task: _Task, result: Stored | None) -> None:
-        if task.parent is None:
-            assert self._round is not None
-            self._round.result, self._round.over = result, True
-        else:
-            self._arrive(task.parent, task.slot, result)
 
     def _dispatch(self, node: _Node) -> None:
         """Give waiting tasks to idle aggregators, complete ones first; start one if there is none and may be one more."""
