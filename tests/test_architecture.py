@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "models": set(),
     "fleet": {"core"},
     "transport": {"core"},
+    "hierarchy": {"core", "transport"},
     "codecs": {"core"},
     "topologies": {"core"},
     "aggregators": {"core", "topologies"},

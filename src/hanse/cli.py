@@ -316,7 +316,7 @@ def _answer_doctors(folder: Path) -> None:
 
 def bench(
     workloads: Annotated[
-        list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, aggregators, or gossip", show_default=False)
+        list[str] | None, typer.Argument(help="W1 to W4 [all], codecs, aggregators, gossip, or aggregation", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions.", min=1)] = 3,
     json_: Json = False,

@@ -194,4 +194,15 @@ SYSTEMS = (
         "digits never more than 0.3 points below the mean of normalised updates under seven attacks, but below medians under most; "
         "not shown on CIFAR-10 with ResNets",
     ),
+    System(
+        slug="lifl",
+        name="LIFL: event-driven hierarchical aggregation",
+        paper="Qi, Ramakrishnan, Lee, MLSys 2024, arXiv 2405.10968",
+        status="partly",
+        implemented="hanse.hierarchy: partial means, stores in shared memory, BestFit placement, eager aggregators that start on "
+        "arrival, are promoted, reused and stopped; nodes are stores on one machine; without eBPF, and for means only",
+        shown="exact checks in tests/hierarchy with real processes, but for a whole digits run; BestFit against dealing out in "
+        "turn in simulation, eager against lazy, CPU time against TCP; time, CPU and memory beside one aggregator and a process "
+        "each by hanse bench aggregation; not shown on several machines",
+    ),
 )

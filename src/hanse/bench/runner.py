@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from hanse.bench import aggregators, codecs, gossip
+from hanse.bench import aggregation, aggregators, codecs, gossip
 from hanse.bench.workloads import Name, export
 from hanse.core.errors import HanseError, unknown
 
@@ -100,7 +100,7 @@ def differences(table: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-PARTS = {"codecs": codecs, "aggregators": aggregators, "gossip": gossip}
+PARTS = {"codecs": codecs, "aggregators": aggregators, "gossip": gossip, "aggregation": aggregation}
 """Parts side by side, each in a file with ``rows``, ``HEADERS`` and ``cells``."""
 
 

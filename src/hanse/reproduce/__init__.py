@@ -31,6 +31,7 @@ SLUGS = (
     "flag",
     "frl",
     "gossip-variance",
+    "lifl",
     "modest",
     "momentum",
     "rffl",
