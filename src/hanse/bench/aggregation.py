@@ -426,7 +426,7 @@ def main(words: Sequence[str]) -> None:
     elif words[0] == "receiver":
         play_receiver(int(words[1]), words[2])
     else:
-        from hanse.engines.local import keep_freed_memory
+        from hanse.engines.execution import keep_freed_memory
 
         keep_freed_memory()
         print(json.dumps(measure(**json.loads(words[0]))))
