@@ -140,9 +140,11 @@ exit ${failed:-0}
 
 NODE = """\
 #!/bin/sh
-# The SuperNode {name}. Its data: the folder named as first argument, or data/ beside this file.
+# The SuperNode {name}. Its data: the folder named as first argument, else data/ beside this file if there is one.
 # A node that is not registered yet, or was killed and is missed only after a minute, is refused: it tries again.
-data=$(cd "${{1:-$(dirname "$0")/data}}" && pwd) && cd "$(dirname "$0")" || exit
+data=$(cd "${{1:-$(dirname "$0")}}" && pwd) || exit
+[ $# -gt 0 ] || data=$data/data
+cd "$(dirname "$0")" || exit
 {quiet}
 mkdir -p flower
 trap 'kill "$process"; wait "$process"; exit' INT TERM

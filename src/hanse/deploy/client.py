@@ -1,7 +1,7 @@
 """Flower's ClientApp: one client of a run, started anew for every message.
 
-``context.node_config`` has ``client``, its number, and ``data``, the folder of its data; beside that folder, in ``<data>.kept``, it
-keeps what is its own.
+``context.node_config`` has ``client``, its number, and ``data``, the folder of its data. What the client keeps lies in the folder
+``kept`` where its SuperNode was started.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def train(message: Message, context: Context) -> Message:
 def work(data: bytes, about: dict[str, Any], config: Any, node: Any) -> tuple[bytes, dict[str, Any]]:
     """The reply to a letter, and what is said beside it."""
     settings, client = Settings.read(None, tomllib.loads(str(config["settings"]))), int(node["client"])
-    parts, folder, seed = one_of_each(settings), Path(str(node.get("data", "data"))), settings.seed[0]
+    parts, own_data, seed = one_of_each(settings), Path(str(node.get("data", "data"))), settings.seed[0]
     name = run_name(settings.model_dump(), seed)
     if about.get("run") != name:
         raise TransportError(f"run: this client is in run {name}, asked for {about.get('run')}")
-    federation = with_own_data(settings, client, folder)
+    federation = with_own_data(settings, client, own_data)
     participant = Participant(
         federation,
         parts.methods[0],
@@ -50,7 +50,7 @@ def work(data: bytes, about: dict[str, Any], config: Any, node: Any) -> tuple[by
         client=client,
         seed=seed,
         run=name,
-        folder=folder.with_name(f"{folder.name}.kept"),
+        folder=Path("kept"),
     )
     if about["ask"] == "hello":
         return b"", participant.hello() | about_task(federation)
