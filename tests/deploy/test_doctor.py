@@ -37,6 +37,9 @@ CSV = "a,b,label\n" + "".join(f"{i},{i % 3},{'xy'[i % 2]}\n" for i in range(40))
 RUN = Settings(task='table("points.csv", "label")', clients=2, cohort=2, engine="flower")
 
 
+with_flower = pytest.mark.skipif(not installed()["flwr"], reason="without Flower nothing is well")
+
+
 def port_for() -> int:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port: int = found.getsockname()[1]
@@ -104,6 +107,7 @@ def is_problem(check: Check, *words: str) -> None:
 # ---- where all is well
 
 
+@with_flower
 def test_a_healthy_node_and_its_server(fed: Path, port: int) -> None:
     with answering(fed / "server", port):
         found = on_node(fed, TOKEN)
@@ -397,6 +401,7 @@ def test_who_says_nothing_holds_up_nobody(fed: Path, port: int) -> None:
 # ---- the command
 
 
+@with_flower
 def test_the_command_on_a_node(fed: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
     ada = fed / "nodes" / "ada"
     outcome = hanse(capsys, "doctor", ada)
@@ -408,6 +413,7 @@ def test_the_command_on_a_node(fed: Path, port: int, capsys: pytest.CaptureFixtu
     assert told.status == 0 and found["data"]["state"] == "ok" and found["TLS"]["found"].startswith("TLSv1.3")
 
 
+@with_flower
 def test_the_command_on_the_server(fed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HANSE_DATA", str(fed / "nodes" / "ada" / "data"))
     outcome = hanse(capsys, "doctor", fed)
