@@ -164,6 +164,17 @@ def test_certificates_that_end_are_found(tmp_path: Path) -> None:
     is_problem(doctor.certificate(tmp_path, "other.example.org", NOW - timedelta(days=80)), "not for 'other.example.org'")
 
 
+@pytest.mark.parametrize(("address", "host"), [("fed.example.org:8100", "fed.example.org"), ("[2001:db8::1]:8100", "2001:db8::1")])
+def test_nodes_and_server_look_for_the_same_place(address: str, host: str, tmp_path: Path) -> None:
+    write(RUN, tmp_path / "fed", ["ada", "bob"], address, now=NOW)
+    ada = tmp_path / "fed" / "nodes" / "ada"
+    assert doctor.server_of(tmp_path / "fed" / "server")[:2] == (host, 8100)
+    assert doctor.server_for(ada, None) == Server(host, 8100, ada / "ca.pem")
+    assert responder.listens(host) in ("0.0.0.0", "::")
+    names = [check.name for check in doctor.server(tmp_path / "fed", NOW)]
+    assert [name for name in names if name.startswith("port")] == ["port 8100", "port 8101"]
+
+
 def test_a_key_of_another_certificate_is_found(fed: Path, tmp_path: Path) -> None:
     keys.authority(tmp_path / "other", 10, NOW)
     keys.server(tmp_path / "other", ["127.0.0.1"], 10, NOW)
