@@ -267,7 +267,10 @@ def doctor(
     listen: Annotated[bool, typer.Option("--listen", help="On the server: answer nodes' doctors until Ctrl-C.")] = False,
     json_: Json = False,
 ) -> None:
-    """Say what stands in the way of a deployed run, and what to do: names, ports, certificates, clocks, data; 1 on a problem."""
+    """Say what stands in the way of a deployed run, and what to do: names, ports, certificates, clocks, data.
+
+    DIR is what 'hanse deploy' wrote: on the server all of it, on a node its own folder, nodes/NAME. Fails where there is a problem.
+    """
     from hanse.core.errors import MissingExtraError
 
     try:

@@ -37,6 +37,9 @@ CSV = "a,b,label\n" + "".join(f"{i},{i % 3},{'xy'[i % 2]}\n" for i in range(40))
 RUN = Settings(task='table("points.csv", "label")', clients=2, cohort=2, engine="flower")
 
 
+with_flower = pytest.mark.skipif(not installed()["flwr"], reason="without Flower nothing is well")
+
+
 def port_for() -> int:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port: int = found.getsockname()[1]
@@ -104,6 +107,7 @@ def is_problem(check: Check, *words: str) -> None:
 # ---- where all is well
 
 
+@with_flower
 def test_a_healthy_node_and_its_server(fed: Path, port: int) -> None:
     with answering(fed / "server", port):
         found = on_node(fed, TOKEN)
@@ -158,6 +162,17 @@ def test_certificates_that_end_are_found(tmp_path: Path) -> None:
     assert soon.state == "warning" and "ends on" in soon.found
     assert doctor.certificate(tmp_path, "fed.example.org", NOW - timedelta(days=80)).state == "ok"
     is_problem(doctor.certificate(tmp_path, "other.example.org", NOW - timedelta(days=80)), "not for 'other.example.org'")
+
+
+@pytest.mark.parametrize(("address", "host"), [("fed.example.org:8100", "fed.example.org"), ("[2001:db8::1]:8100", "2001:db8::1")])
+def test_nodes_and_server_look_for_the_same_place(address: str, host: str, tmp_path: Path) -> None:
+    write(RUN, tmp_path / "fed", ["ada", "bob"], address, now=NOW)
+    ada = tmp_path / "fed" / "nodes" / "ada"
+    assert doctor.server_of(tmp_path / "fed" / "server")[:2] == (host, 8100)
+    assert doctor.server_for(ada, None) == Server(host, 8100, ada / "ca.pem")
+    assert responder.listens(host) in ("0.0.0.0", "::")
+    names = [check.name for check in doctor.server(tmp_path / "fed", NOW)]
+    assert [name for name in names if name.startswith("port")] == ["port 8100", "port 8101"]
 
 
 def test_a_key_of_another_certificate_is_found(fed: Path, tmp_path: Path) -> None:
@@ -397,6 +412,7 @@ def test_who_says_nothing_holds_up_nobody(fed: Path, port: int) -> None:
 # ---- the command
 
 
+@with_flower
 def test_the_command_on_a_node(fed: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
     ada = fed / "nodes" / "ada"
     outcome = hanse(capsys, "doctor", ada)
@@ -408,6 +424,7 @@ def test_the_command_on_a_node(fed: Path, port: int, capsys: pytest.CaptureFixtu
     assert told.status == 0 and found["data"]["state"] == "ok" and found["TLS"]["found"].startswith("TLSv1.3")
 
 
+@with_flower
 def test_the_command_on_the_server(fed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HANSE_DATA", str(fed / "nodes" / "ada" / "data"))
     outcome = hanse(capsys, "doctor", fed)

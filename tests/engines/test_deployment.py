@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,6 +148,20 @@ def test_a_server_that_is_killed_goes_on_to_the_same_model(tmp_path: Path) -> No
     engine = loopback(**ALONE, folder=str(tmp_path / "b"))
     go(engine, **how, out=tmp_path / "run", on_start=stop_after(2))
     same_model(go(engine, **how, out=tmp_path / "run", resume=True), whole)
+
+
+def test_a_busy_client_is_not_taken_for_a_dead_one(tmp_path: Path, deed: list[Deed]) -> None:
+    nets: list[Any] = []
+
+    def slowly(post: Letters, reply: Returned) -> list[Returned]:
+        if reply.client == 3:
+            assert nets[0].grace < 0.3
+            time.sleep(0.3)  # while it can be reached all the time
+        return [reply]
+
+    deed.append(slowly)
+    run = go(loopback(**ALONE, folder=str(tmp_path)), rounds=1, schedule=hs.schedules.synchronous(cohort=7), on_start=nets.append)
+    assert sorted(run.history[0]["cohort"]) == [*range(7)] and nets[0].failures()["lost"] == 0
 
 
 def test_it_says_what_every_client_does_and_what_went_wrong(tmp_path: Path, deed: list[Deed]) -> None:

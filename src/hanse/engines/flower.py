@@ -201,7 +201,9 @@ class GridPost:
                     log.warning("node %d%s is refused: %s", node, f" ({infos[node]})" if infos.get(node) else "", refusal)
             if time.monotonic() > end:
                 missing = [self.names[i] if self.names else str(i) for i in range(federation.clients) if i not in counts]
-                raise TransportError(f"flower.gather: after {seconds:g} s these clients are missing: {', '.join(missing)}")
+                text = f"flower.gather: after {seconds:g} s these clients are missing: {', '.join(missing)}"
+                log.error(text)
+                raise TransportError(text)
             time.sleep(SLOW)
         return torch.tensor([counts[i] for i in range(federation.clients)])
 
