@@ -3,9 +3,9 @@
     python benchmarks/faults_flower.py [--scripts 20] [--first 0] [--out FOLDER]
 
 Against a node: its SuperNode killed and started again, its client's process killed in the middle of its work, its SuperNode stopped
-for some seconds. Against the server: the ServerApp killed, or the SuperLink killed and started again; then the run is submitted again,
-as its README says. At the end: the run has finished; every round is in the history once, with no client twice and nobody who is none;
-and where only the server was hurt, so that no client was missing in any round, the model is the same bit for bit.
+for some seconds. Against the server: the ServerApp killed, or the SuperLink killed and started again; then the run is submitted
+again, as its README says. At the end: the run has finished; every round is in the history once, with no client twice and nobody who
+is none; and where no client was missing in any round, the model is the same bit for bit.
 """
 
 from __future__ import annotations
