@@ -70,13 +70,13 @@ def test_flower_sends_settings_and_nothing_else(folder: Path) -> None:
     components = get_fab_config(bundle)["tool"]["flwr"]["app"]["components"]
     assert components == {"serverapp": "hanse.deploy.server:app", "clientapp": "hanse.deploy.client:app"}
     seen = get_fused_config_from_dir(folder / "app", {"folder": "elsewhere"})
-    assert seen == {"folder": "elsewhere", "settings": SETTINGS.toml()}
+    assert seen == {"folder": "elsewhere", "names": "ada bob", "settings": SETTINGS.toml()}
 
 
 @given(text=st.text(), data=st.sampled_from(["", "'''", "''' + \"\"\"", "\\", "a'"]))
 def test_settings_come_through_as_they_were(text: str, data: str) -> None:
     settings = Settings(clients=2, task=text.replace("\ud800", "") + data)
-    pyproject = app.PYPROJECT.format(name="x", settings=app._literal(settings.toml()))
+    pyproject = app.PYPROJECT.format(name="x", names="ada bob", settings=app._literal(settings.toml()))
     assert tomllib.loads(tomllib.loads(pyproject)["tool"]["flwr"]["app"]["config"]["settings"])["task"] == settings.task
 
 
