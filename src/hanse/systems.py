@@ -52,7 +52,7 @@ SYSTEMS = (
         paper="Zhang, Cai, Zhang, Xu, Wang, Zhou, 2024, arXiv 2403.00881",
         status="partly",
         implemented="streams in chunks with credits, repair, resume and digests, over TCP, shared memory and UCX; a time model",
-        shown="every exact check in tests/transport, but for a run over all back ends; through a proxy of 20 ms 4.8 times as fast "
+        shown="every exact check in tests/transport and tests/engines; through a proxy of 20 ms 4.8 times as fast "
         "as one chunk at a time, 3.6 times as one message at 3e-7 losses a byte, and rounding hidden behind sending; without "
         "losses no faster than one message; UCX was run over TCP and shared memory only; not shown: RDMA, and with it the 3.8",
     ),
@@ -201,7 +201,7 @@ SYSTEMS = (
         status="partly",
         implemented="hanse.hierarchy: partial means, stores in shared memory, BestFit placement, eager aggregators that start on "
         "arrival, are promoted, reused and stopped; nodes are stores on one machine; without eBPF, and for means only",
-        shown="exact checks in tests/hierarchy with real processes, but for a whole digits run; BestFit against dealing out in "
+        shown="exact checks in tests/hierarchy with real processes; BestFit against dealing out in "
         "turn in simulation, eager against lazy, CPU time against TCP; time, CPU and memory beside one aggregator and a process "
         "each by hanse bench aggregation; not shown on several machines",
     ),
