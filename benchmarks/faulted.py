@@ -17,7 +17,6 @@ import hanse as hs
 from hanse.core.messages import Reply
 from hanse.engines import Engine
 
-ROUNDS = 30
 RULE, CODEC = hs.methods.Scaffold(steps=150), hs.codecs.feedback(hs.codecs.topk(0.3) | hs.codecs.uniform(8))
 
 
@@ -46,14 +45,14 @@ def keep_ledger(folder: Path) -> Any:
     return start
 
 
-def main(folder: Path, engine: str) -> None:
+def main(folder: Path, engine: str, rounds: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     hs.run(
         federation(),
         RULE,
         hs.schedules.synchronous(cohort=6),
-        rounds=ROUNDS,
+        rounds=rounds,
         codec=CODEC,
         engine=Engine.parse(engine),
         out=folder,
@@ -63,4 +62,4 @@ def main(folder: Path, engine: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

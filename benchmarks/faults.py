@@ -37,6 +37,7 @@ ENGINES = {
 WORKERS = {"processes": "spawn_main", "ray": "ray::Shard"}
 """What the command of a worker has in it."""
 DEEDS = ("kill a worker", "kill a worker", "stop a worker", "pause a worker", "kill the server")
+ROUNDS = 30
 LONGEST = 240.0
 """Seconds after which a run that has not ended has failed."""
 
@@ -69,7 +70,7 @@ class Server:
         self.starts += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "stderr.txt").open("ab") as err:
-            command = [sys.executable, str(HERE / "faulted.py"), str(self.folder), ENGINES[self.engine]]
+            command = [sys.executable, str(HERE / "faulted.py"), str(self.folder), ENGINES[self.engine], str(ROUNDS)]
             self.process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=err)
 
     def workers(self) -> list[psutil.Process]:
