@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ LETTER, ABOUT = "letter", "about"
 """Names of the records of a message: the bytes, and what is said beside them, as JSON."""
 SLOW = 0.1
 """Seconds between looks for replies; Flower does not wait for them."""
+AGAIN = 30.0
+"""Seconds after which a node that was refused at the start is asked again."""
 
 
 class flower(Engine):
@@ -183,23 +186,26 @@ class GridPost:
     def gather(self, federation: Federation, run: str, seconds: float) -> Tensor:
         """Wait until all clients of ``federation`` have said who they are; their numbers of samples, int64 ``[N]``.
 
-        Who has another task, another model, or says it is somebody else, is refused. Raises ``TransportError`` when time is up.
+        Who has another task, another model, or says it is somebody else, is refused, and asked again after a while, because a node
+        can be mended. Raises ``TransportError`` when time is up.
         """
         counts: dict[int, int] = {}
         asked: dict[str, int] = {}
-        known: set[int] = set()
+        due: dict[int, float] = {}
         end = time.monotonic() + seconds
         while len(counts) < federation.clients:
+            now = time.monotonic()
             infos = {info.node_id: getattr(info, "name", "") or "" for info in self.grid.get_nodes()}
-            for node in infos.keys() - known:
-                known.add(node)
+            for node in sorted(node for node in infos if due.get(node, now) <= now):
+                due[node] = math.inf
                 asked[self._push(node, b"", {"ask": "hello", "run": run})] = node
-            for message, (_, why) in self._pulled([*asked]):
+            for message, (_, why) in self._pulled([number for number in asked if number]):
                 node = asked.pop(message.metadata.reply_to_message_id)
                 refusal = why or self._welcome(node, infos.get(node, ""), unpacked(message.content)[1], federation, counts)
                 if refusal:
+                    due[node] = now + AGAIN
                     log.warning("node %d%s is refused: %s", node, f" ({infos[node]})" if infos.get(node) else "", refusal)
-            if time.monotonic() > end:
+            if len(counts) < federation.clients and now > end:
                 missing = [self.names[i] if self.names else str(i) for i in range(federation.clients) if i not in counts]
                 text = f"flower.gather: after {seconds:g} s these clients are missing: {', '.join(missing)}"
                 log.error(text)
