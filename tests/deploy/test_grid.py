@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,7 +117,7 @@ def test_nobody_is_two_clients(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_node_that_was_mended_is_taken_in_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hanse.engines.flower.AGAIN", 0.2)
+    monkeypatch.setattr(sys.modules[GridPost.__module__], "AGAIN", 0.2)
     tries = []
 
     def broken_at_first(data: bytes, about: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
