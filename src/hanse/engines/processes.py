@@ -263,9 +263,9 @@ def _error(reply: dict[str, Any]) -> Exception:
 def serve(connection: Connection, sign: str) -> None:
     """A worker's whole life: take part in runs until ``connection`` closes, with signs of life in the block ``sign``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner to deal with
-    threading.Thread(target=_beat, args=(attach(sign).view(torch.int64)[:1],), daemon=True).start()
     keep_freed_memory()
-    with suppress(EOFError, OSError):  # the owner is gone
+    with suppress(EOFError, OSError, TransportError):  # the owner is gone
+        threading.Thread(target=_beat, args=(attach(sign).view(torch.int64)[:1],), daemon=True).start()
         while True:
             recipe, data = connection.recv()
             _take_part(connection, recipe, data)
