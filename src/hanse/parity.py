@@ -71,6 +71,8 @@ def _why_not(engine: str, settings: Settings, parts: Parts) -> str:
         return ""
     if settings.privacy or settings.attack:
         return "not compared: privacy and attacks are simulated"
+    if parts.methods[0].masks or parts.methods[0].own_model or settings.buffers == "domain":
+        return "not compared: the server would have to know more of single clients than they send there"
     if not parts.schedules[0].barrier:
         return f"not compared: who is first decides what {parts.schedules[0].short_name} does, and time is real there"
     return ""

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "method": hs.methods.FedAvg(weights="uniform"),
         "privacy": [hs.privacy.differential(clip=0.5, noise=1.0), hs.privacy.secure()],
     },
+    "a rule's own codecs": {"method": hs.methods.FRL()},
     "work that cannot be batched": {"path": "loop", "chunk": 1},
     "one by one": {"method": hs.methods.OPWA(), "codec": hs.codecs.topk(0.3)},
     "peers in lockstep": {"schedule": hs.schedules.gossip()},

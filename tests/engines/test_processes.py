@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from same_runs import CASES, FallsOnce, agree, arranged, expected, going
+from same_runs import CASES, FallsOnce, agree, arranged, expected, federation, going
 
 import hanse as hs
 from hanse.core.context import Context
@@ -111,6 +111,22 @@ def test_what_a_rule_raises_arrives_as_what_it_is() -> None:
 def test_clients_that_end_every_worker_end_the_run() -> None:
     with pytest.raises(TransportError, match="3 workers were lost with the same clients"):
         going(hs.engines.processes(**arranged("a plain mean", workers=1)), method=Fatal())
+
+
+def test_blocks_are_used_again(tmp_path: Path) -> None:
+    """Also those whose results outlive the next request, as states and pending replies do."""
+    counts: list[int] = []
+
+    class Counter(Meddler):
+        def write(self, record: Any) -> None:
+            folders = {Path(name).parent for worker in hands(self.net).workers for name in worker.mapped}
+            counts.append(max(len([*folder.iterdir()]) for folder in folders))
+
+    meddler = Counter(lambda hands: None)
+    engine = hs.engines.processes(**arranged("books", workers=1))
+    schedule = hs.schedules.synchronous(cohort=5)
+    hs.run(federation(), hs.methods.Scaffold(), schedule, rounds=20, engine=engine, writers=[meddler], on_start=meddler.start)
+    assert len(counts) == 20 and counts[-1] == counts[5] < 8
 
 
 def test_nothing_stays_in_shared_memory() -> None:

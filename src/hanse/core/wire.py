@@ -108,7 +108,7 @@ def read(memory: Tensor | bytes) -> tuple[Tensors, dict[str, str]]:
         memory = torch.frombuffer(bytearray(memory), dtype=torch.uint8) if memory else torch.empty(0, dtype=torch.uint8)
     try:
         return _read(memory)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError, OverflowError) as error:
         raise CodecError(f"not a message: {error}") from None
 
 

@@ -108,7 +108,7 @@ class OnThisMachine:
         found = []
         for process in psutil.process_iter():
             with _gone():
-                mine = process.environ().get("FLWR_HOME", "").startswith(str(self.folder))
+                mine = Path(process.environ().get("FLWR_HOME", "/")).is_relative_to(self.folder)
                 if mine and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
                     found.append(process)
         return found

@@ -135,8 +135,11 @@ class Deployment(Rounds):
         seconds: float = math.inf,
         on_commit: Callable[[Any], None] = lambda net: None,
     ) -> None:
-        if method.masks:
-            raise ConfigError(f"method: {method} is not allowed with real clients: it asks which entries were sent")
+        if method.masks or method.own_model is not None:
+            why = "it asks which entries were sent" if method.masks else "the server would have to know every client's own model"
+            raise ConfigError(f"method: {method} is not allowed with real clients: {why}")
+        if federation.buffers == "domain":
+            raise ConfigError("buffers: 'domain' is not allowed with real clients: a reply would have to name its domain")
         streams = federation.streams if seed == federation.seed else Streams(seed)
         split = federation.split
         if not len(split.test_x):
@@ -146,6 +149,8 @@ class Deployment(Rounds):
         empty = Samples(split.train.x[:0], split.train.y[:0], offsets)
         federation.split = replace(split, train=empty, test=replace(empty, offsets=offsets * 0), newcomers=None)
         clock = WallClock(federation, streams)
+        self.based = np.full(federation.clients, NOTHING, dtype=np.int64)
+        """The work after which each client's state is what it goes on from."""
         kept = ClientState(federation.clients, {}, federation.problem.dtype)
         super().__init__(
             federation, method, engine, codec, down, clock, kept, seed=seed, rounds=rounds, seconds=seconds, on_commit=on_commit
@@ -154,9 +159,11 @@ class Deployment(Rounds):
         self.post, self.run, self.grace = post, run, grace
         now = time.time()
         self.standing = [Standing(name, "ready", now, "") for name in names or map(str, range(self.clients))]
-        self.based, self.safe = (np.full(self.clients, NOTHING, dtype=np.int64) for _ in range(2))
+        self.safe = self.based.copy()
         self.refused = self.failed = 0
-        self._given_up: dict[int, int] = {}
+        self._letters: dict[int, int] = {}
+        """Whose letters nobody has answered yet, also of jobs that are given up: who is still at one gets no other."""
+        self._failures, self._pause = np.zeros(self.clients, dtype=np.int64), np.zeros(self.clients, dtype=np.int64)
         self._saved = self.based.copy()
         self._looked, self._missed = 0.0, np.full(self.clients, NEVER)
         self.expected = expected_of(self, split)
@@ -165,7 +172,14 @@ class Deployment(Rounds):
 
     def there(self, clients: Tensor) -> Tensor:
         self._look(force=True)
-        return torch.from_numpy(self._missed[clients.numpy()] == NEVER)
+        return torch.from_numpy(~self._absent()[clients.numpy()])
+
+    def _absent(self) -> np.ndarray:
+        """Who cannot be asked: out of reach, at a letter that was given up, or in a pause after work that failed, bool ``[N]``."""
+        absent: np.ndarray = (self._missed < NEVER) | (self._pause > self.clock.time)
+        behind = set(self._letters.values()) - set(self.out["client"].tolist())
+        absent[[*behind]] = True
+        return absent
 
     def _send(
         self, clients: Tensor, work: str, message: Tensors, steps: Tensor | None, patience: float, parts: Tensor | None
@@ -193,20 +207,23 @@ class Deployment(Rounds):
             "safe": int(self.safe[client]),
             "coded": {} if self.down.plain else {n: len(vector) for n, vector in coded(message)},
         }
+        self._letters[int(job["ticket"])] = client
         self.post.send(int(job["ticket"]), client, data, about)
         self._turn(client, "work", f"{work} for round {self.round + 1}")
 
     async def wait(self, replies: int = 1, until: float = math.inf, anyone: bool = False) -> Events:
-        arrived, before = self.arrived[:0], self._missed.copy()
+        arrived, before = self.arrived[:0], self._absent()
         self.on_phase("waiting")
         while True:
             for returned in self.post.collect(max(0.0, min(0.5, until - self.now))):
                 self._take_in(returned)
             self._look()
+            self.clock.tick()
             events = self.clock.happened(until)
             arrived = np.concatenate([arrived, events.arrived])
-            back = anyone and bool(((before < NEVER) & (self._missed == NEVER)).any())
-            nothing = not len(self.out) and not len(self.clock.rests) and math.isinf(until) and not anyone
+            back = anyone and bool((before & ~self._absent()).any())
+            left = len(self.out) or len(self.clock.rests) or anyone
+            nothing = not left and (math.isinf(until) or len(arrived) > 0)
             if len(arrived) >= replies or len(events.lost) or len(events.rested) or events.due or back or nothing:
                 self.on_phase("stepping")
                 return events._replace(arrived=arrived)
@@ -261,17 +278,23 @@ class Deployment(Rounds):
     def _take_in(self, returned: Returned) -> None:
         """A reply: kept until it is collected, or refused."""
         self.clock.tick()
+        whose = self._letters.get(returned.letter)
+        if whose != returned.client:
+            self._refuse(returned.client, f"nothing is expected from it under number {returned.letter}")
+            return
+        del self._letters[returned.letter]
         row = self.clock.out[(self.clock.out["ticket"] == returned.letter) & (self.clock.out["known"] == 0)]
-        if not len(row) or int(row["client"][0]) != returned.client:
-            if self._given_up.pop(returned.letter, None) == returned.client:
-                self.clock.late += 1
-            else:
-                self._refuse(returned.client, f"nothing is expected from it under number {returned.letter}")
+        if not len(row):
+            self.clock.late += 1
             return
         upload = self._read(returned, self.pending.messages[int(row["message"][0])].work)
         if upload is None:
-            self._give_up(row)
+            self._failures[returned.client] += 1
+            pause = min(60.0, 0.5 * 2.0 ** int(self._failures[returned.client]))  # or it would be asked again at once, for ever
+            self._pause[returned.client] = self.clock.time + int(pause * SECOND)
+            self.clock.give_up(row["ticket"])
             return
+        self._failures[returned.client] = 0
         tickets, versions = (torch.from_numpy(row[n].copy()) for n in ("ticket", "version"))
         size = len(returned.data or b"")
         batch = Batch(tickets, versions, upload, torch.tensor([size]), {}, torch.ones(1, dtype=torch.bool))
@@ -287,23 +310,24 @@ class Deployment(Rounds):
             self._turn(returned.client, "failed", returned.why)
             said = "client %d did not do its work of round %d: %s"
             about = {"client": returned.client, "round": self.round + 1}
-            log.warning(said, returned.client, self.round + 1, returned.why, extra=about)
+            log.warning(said, returned.client, self.round + 1, in_one_line(returned.why), extra=about)
             return None
         try:
-            return upload_in(returned.data, returned.client, self.expected[work], like, self.codec, layouts)
+            expected, weighs = self.expected[work]
+            upload = upload_in(returned.data, returned.client, expected, like, self.codec, layouts)
+            fair = float(self.method.weight(self.counts[returned.client].to(like)))
+            if weighs and not math.isclose(float(upload.weight), fair, rel_tol=1e-6):
+                raise CodecError(f"weight: {float(upload.weight)} instead of {fair}")
+            return upload
         except CodecError as error:
             self._refuse(returned.client, str(error))
             return None
-
-    def _give_up(self, jobs: Jobs) -> None:
-        self._given_up |= dict(zip(jobs["ticket"].tolist(), jobs["client"].tolist(), strict=True))
-        self.clock.give_up(jobs["ticket"])
 
     def _refuse(self, client: int, why: str) -> None:
         self.refused += 1
         self._turn(client, "refused", why)
         about = {"client": client, "round": self.round + 1}
-        log.warning("client %d is refused in round %d: %s", client, self.round + 1, why, extra=about)
+        log.warning("client %d is refused in round %d: %s", client, self.round + 1, in_one_line(why), extra=about)
 
     def _look(self, force: bool = False) -> None:
         """Who can be reached; jobs of those who cannot for long are given up."""
@@ -324,11 +348,19 @@ class Deployment(Rounds):
             about = {"client": int(job["client"]), "round": self.round + 1}
             said = "client %d cannot be reached for %g s; round %d goes on"
             log.warning(said, job["client"], self.grace, self.round + 1, extra=about)
-        self._give_up(self.out[gone])
+        self.clock.give_up(self.out["ticket"][gone])
         if not reached and bool((self._missed < self.clock.time - 10 * self.grace * SECOND).all()):
             raise StalledError(f"no client can be reached for {10 * self.grace:g} seconds")
 
     # ---- saving
+
+    def _mark(self) -> None:
+        super()._mark()
+        self._based = self.based.copy()
+
+    def take_back(self) -> bool:
+        self.based = self._based.copy()
+        return super().take_back()
 
     def snapshot(self) -> Tensors:
         saved = super().snapshot()
@@ -341,15 +373,11 @@ class Deployment(Rounds):
         self.clock.go_on_from(self.clock.time)
         for job in self.clock.out:  # nobody may have them any more, and who has done them already does the same again
             message = self.pending.messages[int(job["message"])]
-            client, version = torch.tensor([int(job["client"])]), int(job["version"])
-            letter = self.downlink.letters(message.tensors, client, None, version)[0]
-            self._post(job, message.work, as_bytes(letter), message.tensors)
-
-    # ---- what is told
+            self._post(job, message.work, as_bytes(message.tensors), {})
 
     def _turn(self, client: int, state: Doing, why: str) -> None:
         """What a client does from now on."""
-        self.standing[client] = Standing(self.standing[client].name, state, time.time(), why)
+        self.standing[client] = Standing(self.standing[client].name, state, time.time(), in_one_line(why))
 
     def report(self) -> list[Standing]:
         """See ``Rounds``."""
@@ -360,8 +388,15 @@ class Deployment(Rounds):
         return {**super().failures(), "failed": self.failed, "refused": self.refused}
 
 
-def expected_of(net: Deployment, split: Split) -> dict[str, dict[str, Expected]]:
-    """What replies to each kind of work look like: that of one step on a test sample of the server's own."""
+def in_one_line(why: str) -> str:
+    """What a client says went wrong, as far as a log can bear it."""
+    return " ".join(why.split())[:300]
+
+
+def expected_of(net: Deployment, split: Split) -> dict[str, tuple[dict[str, Expected], bool]]:
+    """What replies to each kind of work look like, and whether clients weigh what the rule says for their number of samples: as in
+    one step on a test sample of the server's own.
+    """
     problem, method, zero = net.problem, net.method, torch.zeros(1, dtype=torch.long)
     one = Samples(split.test_x[:1], split.test_y[:1], torch.tensor([0, 1]))
     ways, kept = paths(problem, False), client_state(net.federation, method, None)
@@ -369,4 +404,6 @@ def expected_of(net: Deployment, split: Split) -> dict[str, dict[str, Expected]]
     message, how = method.message(method.init(problem)), Arrangement(next(iter(ways)), 1, 1, torch.get_num_threads())
     works = ("open", "train") if method.opens else ("train",)
     orders = {work: Orders(work, [message], zero, zero, zero, zero, zero + 1, zero) for work in works}
-    return {work: expectations(executor.train(order, how).upload) for work, order in orders.items()}
+    uploads = {work: executor.train(order, how).upload for work, order in orders.items()}
+    fair = float(method.weight(torch.ones(1, dtype=problem.dtype)))
+    return {work: (expectations(upload), float(upload.weight) == fair) for work, upload in uploads.items()}

@@ -38,6 +38,8 @@ LETTER, ABOUT = "letter", "about"
 """Names of the records of a message: the bytes, and what is said beside them, as JSON."""
 SLOW = 0.1
 """Seconds between looks for replies; Flower does not wait for them."""
+MANY = 1 << 40
+"""Samples that no client has."""
 AGAIN = 30.0
 """Seconds after which a node that was refused at the start is asked again."""
 
@@ -104,7 +106,7 @@ def unpacked(content: Any) -> tuple[bytes, dict[str, Any]]:
     try:
         about = json.loads(content[ABOUT][ABOUT])
         data = content[LETTER][LETTER].data
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise TransportError(f"not a message of hanse: {error!r}") from None
     if not isinstance(about, dict) or not isinstance(data, bytes):
         raise TransportError("not a message of hanse")
@@ -216,9 +218,9 @@ class GridPost:
     def _welcome(self, node: int, name: str, said: dict[str, Any], federation: Federation, counts: dict[int, int]) -> str:
         """Take a node in as the client that it says it is; else why not."""
         client, samples = said.get("client"), said.get("samples")
-        if type(client) is not int or not 0 <= client < federation.clients or type(samples) is not int or samples < 0:
+        if type(client) is not int or not 0 <= client < federation.clients or type(samples) is not int or not 0 <= samples < MANY:
             return f"it says it is client {client!r} with {samples!r} samples"
-        if self.names and name and self.names[client] != name:
+        if self.names and self.names[client] != name:
             return f"it says it is client {client}, who is {self.names[client]}"
         if client in self.nodes:
             return f"it says it is client {client}, who is node {self.nodes[client]}"

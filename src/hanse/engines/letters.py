@@ -86,8 +86,8 @@ def upload_in(data: bytes, client: int, expected: Mapping[str, Expected], like: 
         raise CodecError(f"got {', '.join(sorted(tensors))}; expected {', '.join(sorted({*expected, 'weight', 'loss'}))}")
     upload = Upload(torch.tensor([client]), tensors["weight"], {}, {}, {}, tensors["loss"])
     for name in ("weight", "loss"):
-        if tensors[name].shape != (1,) or not bool(tensors[name].isfinite()):
-            raise CodecError(f"{name}: not one finite number")
+        if tensors[name].shape != (1,) or tensors[name].dtype != like.dtype or not bool(tensors[name].isfinite()):
+            raise CodecError(f"{name}: not one finite number of type {like.dtype}")
     if float(upload.weight) < 0:
         raise CodecError(f"weight: {float(upload.weight)} is not allowed: at least 0")
     for name, wanted in expected.items():
@@ -108,6 +108,6 @@ def _vector(name: str, sent: Tensor, wanted: Expected, codec: Codec, layout_of: 
         sent = codec.decode(sent.numpy().tobytes(), layout_of(name, wanted.shape[0]))
     if tuple(sent.shape) != wanted.shape or sent.dtype != wanted.dtype:
         raise CodecError(f"{name}: {sent.dtype} {tuple(sent.shape)} instead of {wanted.dtype} {wanted.shape}")
-    if not bool(sent.isfinite().all()):
-        raise CodecError(f"{name}: not finite")
+    if not bool(sent.isfinite().all()) or (sent.is_floating_point() and not bool(sent.norm().isfinite())):
+        raise CodecError(f"{name}: not finite, or so large that its norm is not")
     return sent

@@ -50,7 +50,8 @@ class Participant:
         if not 0 <= client < federation.clients:
             raise ConfigError(f"client: {client} is not allowed: 0 to {federation.clients - 1}")
         keep_freed_memory()
-        self.client, self.run, self.folder, self.down, self.problem = client, run, folder, down, federation.problem
+        self.client, self.run, self.folder, self.problem = client, run, folder, federation.problem
+        self.down = ruled(method.down, down, "down", method)
         found = paths(self.problem, engine.precision == "bf16")
         if engine.path is not None and engine.path not in found:
             raise ConfigError(f"{engine.short_name}.path: {engine.path!r} is not allowed for this model: {', '.join(found)}")

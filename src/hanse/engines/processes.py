@@ -98,7 +98,7 @@ class Worker:
 
     def give(self, lane: int, order: int, request: dict[str, Any]) -> None:
         """Have it do a lane; raises ``OSError`` if it is gone."""
-        free, self.free = self.free, []
+        free = [self.free.pop() for _ in range(len(self.free))]  # the list stays: finalizers add to it
         self.lane, self.order = lane, order
         self.alive()
         self.connection.send_bytes(json.dumps({**request, "lane": lane, "order": order, "free": free}).encode())

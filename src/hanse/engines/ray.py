@@ -87,8 +87,8 @@ def connected(address: str | None) -> Any:
     return ray
 
 
-IDLE: dict[float, list[Any]] = {}
-"""Actors that no run needs at the moment, by the cores they reserve; starting one takes as long as importing torch."""
+IDLE: dict[tuple[str, float], list[Any]] = {}
+"""Actors that no run needs at the moment, by Ray's job and the cores they reserve; starting one means importing torch."""
 
 
 class Shard:
@@ -142,7 +142,11 @@ class Actors:
         self.merge = self.ray.remote(num_cpus=0, max_retries=TRIES)(merged)
         self.run, cooked = uuid4().hex, self.ray.put(recipe)
         self.made_of = [(cooked, self.ray.put(_bytes(data))) for data in shards]
-        self.idle = IDLE.setdefault(engine.cpus, [])
+        place = (self.ray.get_runtime_context().get_job_id(), engine.cpus)
+        for others in [key for key in IDLE if key != place]:
+            for actor in IDLE.pop(others) if others[0] == place[0] else []:
+                self.ray.kill(actor)  # they keep cores that these may need
+        self.idle = IDLE.setdefault(place, [])
         self.actors = [self.idle.pop() if self.idle else remote.remote() for _ in shards]
 
     def work(self, tensors: Tensors, about: About, kept: Mapping[int, Tensors]) -> list[Tensors]:

@@ -141,8 +141,9 @@ class Rounds:
     @property
     def personal(self) -> bool:
         """Whether clients' models differ in private parameters or statistics."""
-        shared = self.problem.shared_buffers
-        return "private" in self.kept.widths or "buffers" in self.kept.widths or shared.dim() > 1
+        problem = self.problem
+        own_buffers = bool(problem.buffer_layout.size) and not problem.shares_buffers
+        return problem.layout.size > problem.shared or own_buffers or problem.shared_buffers.dim() > 1
 
     @property
     def model(self) -> Tensor:
