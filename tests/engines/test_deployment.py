@@ -149,7 +149,7 @@ def test_asynchronous_schedules_run_as_they_are(tmp_path: Path) -> None:
     assert sum(size for _, size in post.sent) == run.history[-1]["bytes_down"]
 
 
-def test_a_server_that_is_killed_goes_on_to_the_same_model(tmp_path: Path) -> None:
+def test_a_server_that_was_stopped_goes_on_to_the_same_model(tmp_path: Path) -> None:
     from small_runs import stop_after
 
     how: dict[str, Any] = {"method": hs.methods.Scaffold(), "codec": hs.codecs.feedback(hs.codecs.topk(0.2))}
@@ -218,3 +218,49 @@ def test_what_is_logged_says_which_client_it_is_about(tmp_path: Path, deed: list
     go(loopback(**ALONE, folder=str(tmp_path)), rounds=1, schedule=hs.schedules.synchronous(cohort=7))
     (record,) = [r for r in caplog.records if "is refused" in r.getMessage()]
     assert (record.client, record.round) == (3, 1)
+
+
+class Killed(BaseException):
+    """What ends a server in the middle of anything."""
+
+
+@pytest.mark.parametrize("schedule", ["synchronous(cohort=5)", "fedbuff(buffer=3)"])
+def test_a_server_that_is_killed_again_and_again_goes_on_from_the_right_states(
+    schedule: str, tmp_path: Path, deed: list[Deed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With work under way: no client goes on from work that the server has forgotten; with a barrier, the model is the same."""
+    monkeypatch.setattr("hanse.experiment.CHECKPOINT_SECONDS", 0)
+    how: dict[str, Any] = {"method": hs.methods.Scaffold(), "codec": hs.codecs.feedback(hs.codecs.topk(0.3)), "rounds": 8}
+    how["schedule"] = hs.schedules.Schedule.parse(schedule)
+    undisturbed = go(loopback(**ALONE, folder=str(tmp_path / "a")), **how)
+    asked: list[tuple[int, int]] = []
+    send = Letters.send
+
+    def noting(post: Letters, letter: int, client: int, data: bytes, about: Any) -> None:
+        asked.append((about["base"], about["key"]))
+        send(post, letter, client, data, about)
+
+    monkeypatch.setattr(Letters, "send", noting)
+    left, kills = [0], 0
+
+    def kill(post: Letters, reply: Returned) -> list[Returned]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return [reply]
+
+    deed.append(kill)
+    run = None
+    for replies in range(4, 40):  # each time a little further
+        left[0] = replies
+        try:
+            engine = loopback(**ALONE, folder=str(tmp_path / "b"), order=replies)
+            run = go(engine, **how, out=tmp_path / "run", resume=(tmp_path / "run" / "run.json").is_file())
+            break
+        except Killed:
+            kills += 1
+    assert run is not None and kills >= 2
+    assert [record["round"] for record in run.history] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(base < key for base, key in asked)
+    if schedule.startswith("synchronous"):
+        same_model(run, undisturbed)
