@@ -56,6 +56,11 @@ def test_what_can_only_be_simulated_is_refused(field: str, value: str) -> None:
         deployed(Settings.read(None, {**SETTINGS, field: value}))
 
 
+def test_what_is_about_simulated_clients_means_nothing_to_real_ones() -> None:
+    with pytest.raises(ConfigError, match=r"flower\.chunk: 5 is not allowed: it is about simulated clients"):
+        hs.engines.flower(chunk=5)
+
+
 def test_the_engine_is_flower_unless_it_says_how() -> None:
     assert deployed(Settings.read(None, SETTINGS)).engine == "flower"
     assert deployed(Settings.read(None, {**SETTINGS, "engine": "flower(grace=5)"})).engine == "flower(grace=5)"

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, model_validator
 
 from hanse.core.errors import ConfigError, MissingExtraError, TransportError
 from hanse.engines.base import Engine
@@ -51,6 +51,13 @@ class flower(Engine):
     """Seconds for which a client may be out of reach before the round goes on without it."""
     gather: PositiveFloat = 600.0
     """Seconds to wait for all clients to be there at the start."""
+
+    @model_validator(mode="after")
+    def _real(self) -> flower:
+        for name in ("chunk", "workers", "kept", "shortcuts"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"flower.{name}: {getattr(self, name)} is not allowed: it is about simulated clients")
+        return self
 
     def network(self, federation: Federation, method: Method, codec: Codec, down: Codec, **run: Any) -> Rounds:
         link = LINK.get(None)
