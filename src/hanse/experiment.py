@@ -415,6 +415,11 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
     """
     path = Path(folder)
     settings = Settings.read(None, Folder(path).read().settings)
+    return run_settings(settings, federation, out=path, writers=writers, resume=True)
+
+
+def run_settings(settings: Settings, federation: Federation | None = None, **how: Any) -> Run:
+    """The one run that ``settings`` describe; ``how`` are further arguments of ``run``."""
     (method,), (schedule,), (codec,), down, engine, privacy, attack = settings.parts()
     return run(
         federation or settings.federation(settings.seed[0]),
@@ -430,7 +435,6 @@ def resume(folder: Path | str, federation: Federation | None = None, writers: Se
         seed=settings.seed[0],
         evaluate=settings.evaluate,
         evaluate_seconds=settings.evaluate_seconds,
-        out=path,
-        writers=writers,
-        resume=True,
+        metrics_port=settings.metrics_port,
+        **how,
     )

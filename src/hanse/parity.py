@@ -12,8 +12,8 @@ import torch
 
 from hanse.config import Parts, Settings
 from hanse.core.gradients import paths
-from hanse.engines import Engine, flower, local, processes, ray
-from hanse.experiment import run
+from hanse.engines import flower, local, processes, ray
+from hanse.experiment import run_settings
 from hanse.track.run import Run
 
 SEEN_BY_ALL = ("round", "bytes_down", "bytes_up", "loss", "updates")
@@ -37,7 +37,7 @@ def parity(settings: Settings, rounds: int, clients: int) -> list[Verdict]:
     """
     one = {name: getattr(settings, name)[:1] for name in ("method", "schedule", "codec", "seed")}
     small = {"clients": min(settings.clients, clients), "rounds": rounds, "fleet": "ideal", "evaluate": 1, "seconds": None}
-    settings = settings.model_copy(update={**one, **small, "evaluate_seconds": None, "track": ()})
+    settings = settings.model_copy(update={**one, **small, "evaluate_seconds": None, "track": (), "metrics_port": None})
     cohort = getattr(settings.parts().schedules[0], "cohort", None)
     if cohort is not None:
         settings = settings.model_copy(update={"cohort": min(cohort, settings.clients)})
@@ -54,7 +54,8 @@ def parity(settings: Settings, rounds: int, clients: int) -> list[Verdict]:
             found.append(Verdict(name, None, 0.0, why))
             continue
         began = time.monotonic()
-        result = _run(settings, parts, engine)
+        own = settings.model_copy(update={"engine": engine.full()})
+        result = _run_on_flower(own) if name == "flower" else run_settings(own)
         first = first or result
         found.append(_judge(name, result, first, time.monotonic() - began))
     return found
@@ -84,25 +85,11 @@ def first_path(settings: Settings, parts: Parts) -> str:
     return next(iter(paths(problem, parts.engine.precision == "bf16"))) if parts.methods[0].batched else "loop"
 
 
-def _run(settings: Settings, parts: Parts, engine: Engine) -> Run:
-    if isinstance(engine, flower):
-        from hanse.deploy.here import run as run_here
+def _run_on_flower(settings: Settings) -> Run:
+    from hanse.deploy.here import run
 
-        with tempfile.TemporaryDirectory(prefix="hanse-parity-") as folder:
-            return run_here(settings.model_copy(update={"engine": engine.full()}), Path(folder))
-    seed = settings.seed[0]
-    return run(
-        settings.federation(seed),
-        parts.methods[0],
-        parts.schedules[0],
-        rounds=settings.rounds,
-        codec=parts.codecs[0],
-        down=parts.down,
-        privacy=parts.privacy,
-        attack=parts.attack,
-        engine=engine,
-        seed=seed,
-    )
+    with tempfile.TemporaryDirectory(prefix="hanse-parity-") as folder:
+        return run(settings, Path(folder))
 
 
 def _judge(name: str, result: Run, first: Run, seconds: float) -> Verdict:

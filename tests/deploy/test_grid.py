@@ -12,14 +12,14 @@ import pytest
 
 from hanse.config import Settings
 from hanse.core.errors import HanseError, TransportError
+from hanse.deploy.share import run_name
 from hanse.engines.flower import GridPost, packed, unpacked
-from hanse.engines.participant import run_name
 
 pytest.importorskip("flwr")
 from hanse.deploy.client import work
 
 SETTINGS = Settings.read(None, {"task": "digits(hidden=4)", "clients": 2, "schedule": "synchronous(cohort=2)", "rounds": 1})
-RUN = run_name(SETTINGS.model_dump(), 0)
+RUN = run_name(SETTINGS)
 
 Node = tuple[str, Callable[[bytes, dict[str, Any]], tuple[bytes, dict[str, Any]]]]
 """A node's registered name, and what it answers."""

@@ -14,7 +14,7 @@ import hanse as hs
 from hanse.core.errors import HanseError
 from hanse.engines import Engine
 from hanse.engines.deployment import Deployment, Returned
-from hanse.engines.participant import Participant, run_name
+from hanse.engines.participant import Participant
 from hanse.engines.rounds import Rounds
 
 Deed = Callable[["Letters", Returned], list[Returned]]
@@ -62,7 +62,7 @@ class loopback(Engine):
     def network(self, federation: hs.Federation, method: Any, codec: Any, down: Any, **run: Any) -> Rounds:
         for simulated in ("privacy", "attack", "schedule"):
             run.pop(simulated)
-        name = run_name({"method": str(method)}, run["seed"])
+        name = f"{type(method).__name__}-{run['seed']}"
         own = {"seed": run["seed"], "run": name}
         folders = [Path(self.folder) / str(i) for i in range(federation.clients)]
         clients = [

@@ -15,9 +15,9 @@ from flwr.clientapp import ClientApp
 
 from hanse.config import Settings
 from hanse.core.errors import HanseError, TransportError
-from hanse.deploy.share import one_of_each, with_own_data
+from hanse.deploy.share import one_of_each, run_name, with_own_data
 from hanse.engines.flower import about_task, packed, unpacked
-from hanse.engines.participant import Participant, run_name
+from hanse.engines.participant import Participant
 
 app = ClientApp()
 
@@ -37,7 +37,7 @@ def work(data: bytes, about: dict[str, Any], config: Any, node: Any) -> tuple[by
     """The reply to a letter, and what is said beside it."""
     settings, client = Settings.read(None, tomllib.loads(str(config["settings"]))), int(node["client"])
     parts, own_data, seed = one_of_each(settings), Path(str(node.get("data", "data"))), settings.seed[0]
-    name = run_name(settings.model_dump(), seed)
+    name = run_name(settings)
     if about.get("run") != name:
         raise TransportError(f"run: this client is in run {name}, asked for {about.get('run')}")
     federation = with_own_data(settings, client, own_data)

@@ -15,10 +15,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hanse.config import Settings
-from hanse.deploy.share import one_of_each
+from hanse.deploy.share import one_of_each, run_name
 from hanse.engines.flower import GridPost, linked
-from hanse.engines.participant import run_name
-from hanse.experiment import run
+from hanse.experiment import run_settings
 from hanse.track.folder import SETTINGS, Folder
 from hanse.track.logs import logged
 from hanse.track.report import write_report
@@ -37,30 +36,12 @@ def main(grid: Grid, context: Context) -> None:
 
 def serve(grid: Any, settings: Settings, folder: Path, names: list[str]) -> None:
     """The run of ``settings`` in ``folder``, with the clients behind ``grid``."""
-    parts, seed = one_of_each(settings), settings.seed[0]
+    one_of_each(settings)
     resume = (folder / SETTINGS).is_file() and not Folder(folder).complete()
-    name = run_name(settings.model_dump(), seed)
+    name = run_name(settings)
     with logged(folder, fresh=not resume), linked(GridPost(grid, names), name):
         log.info("run %s of %d clients, %d rounds", name, settings.clients, settings.rounds)
-        result = run(
-            settings.federation(seed),
-            parts.methods[0],
-            parts.schedules[0],
-            rounds=settings.rounds,
-            seconds=settings.seconds,
-            codec=parts.codecs[0],
-            down=parts.down,
-            privacy=parts.privacy,
-            attack=parts.attack,
-            engine=parts.engine,
-            seed=seed,
-            evaluate=settings.evaluate,
-            evaluate_seconds=settings.evaluate_seconds,
-            out=folder,
-            writers=[Lines()],
-            resume=resume,
-            metrics_port=settings.metrics_port,
-        )
+        result = run_settings(settings, out=folder, writers=[Lines()], resume=resume)
         log.info("report: %s", write_report([result], folder, folder.resolve().name))
 
 

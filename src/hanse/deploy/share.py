@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +24,12 @@ def one_of_each(settings: Settings) -> Parts:
         if len(several) > 1:
             raise ConfigError(f"{name}: {', '.join(map(str, several))} is not allowed in a deployed run: one")
     return settings.parts()
+
+
+def run_name(settings: Settings) -> str:
+    """A name for a run, the same for all who have the same settings, as far as these decide what it comes to."""
+    decisive = settings.model_dump(exclude={"metrics_port", "track"})
+    return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def deployed(settings: Settings) -> Settings:

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hanse.codecs.base import Codec
-from hanse.core.errors import CodecError, ConfigError, StalledError
+from hanse.core.errors import CheckpointError, CodecError, ConfigError, StalledError
 from hanse.core.gradients import paths
 from hanse.core.messages import Reply, Tensors, Upload
 from hanse.core.samples import Samples
@@ -32,7 +32,7 @@ from hanse.engines.execution import Batch, Executor, Lane, Orders, add
 from hanse.engines.letters import Expected, as_bytes, expectations, upload_in
 from hanse.engines.participant import NOTHING
 from hanse.engines.pending import Collected, Result
-from hanse.engines.rounds import Rounds, Standing
+from hanse.engines.rounds import Doing, Rounds, Standing
 from hanse.engines.simulation import client_state
 from hanse.federation import Federation
 from hanse.fleet.clock import NEVER, SECOND, Clock, Events, Jobs, among
@@ -65,9 +65,6 @@ class Post(Protocol):
     def reached(self) -> set[int]:
         """The clients that can be reached at the moment."""
         ...
-
-
-Doing = Literal["ready", "work", "away", "failed", "refused"]
 
 
 class WallClock(Clock):
@@ -188,10 +185,11 @@ class Deployment(Rounds):
         self._remember(self.arrived[among(self.arrived["client"], who)])
         jobs = super()._send(clients, work, message, steps, patience, parts)
         letters = self.downlink.letters(message, clients, parts, self.round)
-        written: dict[int, bytes] = {}
+        written = {
+            id(letter): as_bytes(letter) for letter in {id(letter): letter for letter in letters}.values()
+        }  # mostly one for all
         for job, letter in zip(jobs, letters, strict=True):
-            data = written.setdefault(id(letter), as_bytes(letter))
-            self._post(job, work, data, message)
+            self._post(job, work, written[id(letter)], message)
         return jobs
 
     def _post(self, job: Any, work: str, data: bytes, message: Tensors) -> None:
@@ -368,8 +366,11 @@ class Deployment(Rounds):
         return {**saved, "based": torch.from_numpy(self.based.copy())}
 
     def restore(self, saved: Tensors) -> None:
-        super().restore(saved)
+        if "based" not in saved or saved["based"].shape != self.based.shape:
+            raise CheckpointError("the checkpoint does not belong to this run: its clients were simulated")
         self.based = saved["based"].numpy().copy()
+        self._saved = self.based.copy()
+        super().restore(saved)
         self.clock.go_on_from(self.clock.time)
         for job in self.clock.out:  # nobody may have them any more, and who has done them already does the same again
             message = self.pending.messages[int(job["message"])]

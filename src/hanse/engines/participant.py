@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -123,10 +122,3 @@ class Participant:
         for file in self._files.glob("*.safetensors"):
             if int(file.stem) < before:
                 file.unlink(missing_ok=True)
-
-
-def run_name(settings: Mapping[str, Any], seed: int) -> str:
-    """A name for a run: the same for all who have the same settings."""
-    import hashlib
-
-    return hashlib.blake2b(json.dumps([dict(settings), seed], sort_keys=True).encode(), digest_size=12).hexdigest()

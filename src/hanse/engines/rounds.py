@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Coroutine
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,13 +36,16 @@ FORMAT = 5
 """Version of a checkpoint's layout; one that reads differently counts up."""
 
 
+Doing = Literal["ready", "work", "away", "failed", "refused"]
+
+
 class Standing(NamedTuple):
     """What a client is doing, since when (seconds since 1970), and why: ``ready``, at ``work``, ``away``; or its last work
     ``failed`` there, or its last reply was ``refused`` here.
     """
 
     name: str
-    state: str
+    state: Doing
     since: float
     why: str
 
