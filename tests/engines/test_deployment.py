@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from loopback import Deed, Letters, loopback
 from same_runs import CASES
 
 import hanse as hs
-from hanse.engines.deployment import Returned
+from hanse.engines.deployment import Deployment, Returned
 from hanse.track.status import status_of
 
 ALONE: dict[str, Any] = {"path": "stacked", "chunk": 1, "workers": 1, "threads": 1, "shortcuts": False, "shards": 2}
@@ -218,6 +219,37 @@ def test_what_is_logged_says_which_client_it_is_about(tmp_path: Path, deed: list
     go(loopback(**ALONE, folder=str(tmp_path)), rounds=1, schedule=hs.schedules.synchronous(cohort=7))
     (record,) = [r for r in caplog.records if "is refused" in r.getMessage()]
     assert (record.client, record.round) == (3, 1)
+
+
+def test_a_message_for_all_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    module = sys.modules[Deployment.__module__]
+    as_bytes = module.as_bytes
+
+    def counting(letter: Any) -> Any:
+        written.append(len(letter))
+        return as_bytes(letter)
+
+    monkeypatch.setattr(module, "as_bytes", counting)
+    go(loopback(**ALONE, folder=str(tmp_path)), rounds=3)
+    assert len(written) == 3
+
+
+def test_a_resumed_run_that_fails_at_once_leaves_clients_where_the_checkpoint_has_them(tmp_path: Path) -> None:
+    from small_runs import stop_after
+
+    how: dict[str, Any] = {"method": hs.methods.Scaffold(), "out": tmp_path / "run"}
+    engine = loopback(**ALONE, folder=str(tmp_path / "kept"))
+    go(engine, **how, on_start=stop_after(2))
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def fails(net: Any) -> None:
+        before = net.based.tolist()
+        net.take_back()
+        seen.append((before, net.based.tolist()))
+
+    go(engine, **how, resume=True, on_start=fails)
+    assert seen[0][0] == seen[0][1] and max(seen[0][0]) >= 1
 
 
 class Killed(BaseException):

@@ -185,10 +185,10 @@ class Deployment(Rounds):
         self._remember(self.arrived[among(self.arrived["client"], who)])
         jobs = super()._send(clients, work, message, steps, patience, parts)
         letters = self.downlink.letters(message, clients, parts, self.round)
-        written = {
-            id(letter): as_bytes(letter) for letter in {id(letter): letter for letter in letters}.values()
-        }  # mostly one for all
+        written: dict[int, bytes] = {}  # mostly one for all
         for job, letter in zip(jobs, letters, strict=True):
+            if id(letter) not in written:
+                written[id(letter)] = as_bytes(letter)
             self._post(job, work, written[id(letter)], message)
         return jobs
 
