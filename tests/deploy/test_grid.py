@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hanse.config import Settings
 from hanse.core.errors import HanseError, TransportError
 from hanse.deploy.share import run_name
+from hanse.engines.deployment import Returned
 from hanse.engines.flower import GridPost, packed, unpacked
 
 pytest.importorskip("flwr")
@@ -75,9 +77,11 @@ def in_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-def gathered(nodes: dict[int, Node], names: list[str], seconds: float = 0.3) -> tuple[GridPost, list[int]]:
-    post = GridPost(Grid(nodes), names)
-    return post, post.gather(SETTINGS.federation(0), RUN, seconds).tolist()
+def gathered(
+    nodes: dict[int, Node], names: list[str], seconds: float = 0.3, known: list[int] | None = None
+) -> tuple[GridPost, list[int]]:
+    post = GridPost(Grid(nodes), names, None if known is None else torch.tensor(known))
+    return post, post.gather(SETTINGS.federation(0), RUN, seconds, grace=0.1).tolist()
 
 
 def test_clients_are_taken_in_by_name_and_number() -> None:
@@ -128,18 +132,82 @@ def test_a_node_that_was_mended_is_taken_in_after_all(monkeypatch: pytest.Monkey
     assert post.nodes == {0: 71, 1: 72} and tries == ["hello", "hello"]
 
 
-def test_what_is_no_message_of_hanse_is_no_reply(tmp_path: Path) -> None:
+def answering(post: GridPost, *replies: Callable[[], Any]) -> list[Returned]:
+    """What is made of replies, of which the n-th is to letter n of client 1."""
+    post.open = {str(number): (number, 1) for number in range(len(replies))}
+    post.grid.pull_messages = lambda numbers: [replies[int(number)]() for number in numbers]
+    return post.collect(0.0)
+
+
+def holding(content: Any) -> Any:
+    return SimpleNamespace(content=content, has_error=lambda: False, error=None)
+
+
+def bomb(size: int) -> Any:
+    """What Flower makes of a message of a few MB that says it is so many bytes: one piece of it, again and again."""
+    from flwr.app import Array
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    piece = 5 << 20
+    array = Array(dtype="uint8", shape=(size,), stype="hanse", data=bytes(2 * piece))
+    contents = {name: thing.deflate() for name, thing in get_all_nested_objects(array).items()}
+    told = b'"arraychunk_ids": [' + b", ".join([b"0"] * (size // piece)) + b"]"
+    whole = contents[array.object_id].replace(b'"arraychunk_ids": [0, 0]', told)
+    head, body = whole.split(b"\x00", 1)
+    kind, children, _ = head.split(b" ")
+    return inflate_object_from_contents(
+        "bomb", {**contents, "bomb": b" ".join([kind, children, str(len(body)).encode()]) + b"\x00" + body}
+    )
+
+
+def test_what_cannot_be_read_is_no_reply_and_takes_none_along() -> None:
     post, _ = gathered({71: ("ada", client(0)), 72: ("bob", client(1))}, ["ada", "bob"], 5.0)
     from flwr.app import RecordDict
 
-    for content in (RecordDict(), packed(b"", {"error": "the disk is full"})):
-        post.open["x"] = (4, 1)
-        message = SimpleNamespace(
-            content=content, has_error=lambda: False, metadata=SimpleNamespace(reply_to_message_id="x"), error=None
-        )
-        post.grid.pull_messages = lambda numbers, message=message: [message]
-        (reply,) = post.collect(0.0)
-        assert (reply.letter, reply.client, reply.data) == (4, 1, None) and reply.why
+    def broken() -> Any:
+        raise ValueError("Object ID mismatch")
+
+    good = lambda: holding(packed(b"fine", {}))  # noqa: E731
+    found = answering(
+        post, good, lambda: holding(RecordDict()), lambda: holding(packed(b"", {"error": "the disk is full"})), broken, good
+    )
+    assert [reply.letter for reply in found] == [0, 1, 2, 3, 4] and {reply.client for reply in found} == {1}
+    assert [reply.data for reply in found] == [b"fine", None, None, None, b"fine"]
+    assert [reply.why.split(":")[0] for reply in found[1:4]] == ["not a message of hanse", "the disk is full", "not a message"]
+    assert not post.open
+
+
+@pytest.mark.parametrize("size", [2_000_000, 10 << 30])
+def test_a_reply_that_is_too_large_takes_no_memory(size: int) -> None:
+    post, _ = gathered({71: ("ada", client(0)), 72: ("bob", client(1))}, ["ada", "bob"], 5.0)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    make = (lambda: holding(packed(bytes(size), {}))) if size < 1 << 30 else (lambda: holding(bomb(size)))
+    post.largest = 600_000
+    (reply,) = answering(post, make)
+    assert reply.data is None and reply.why == "its reply is larger than any that can be right, 1.6 MB"
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_a_run_that_goes_on_does_so_without_those_who_are_gone(caplog: pytest.LogCaptureFixture) -> None:
+    was = SETTINGS.federation(0).split.train.counts().tolist()
+    post, counts = gathered({71: ("ada", client(0))}, ["ada", "bob"], 5.0, known=was)
+    assert counts == was and post.reached() == {0}
+    assert "these clients are missing, and the run goes on: bob" in caplog.text
+    post.send(4, 1, b"", {"version": 0})
+    (reply,) = post.collect(0.0)
+    assert (reply.letter, reply.client, reply.data, reply.why) == (4, 1, None, "it is not there")
+    post.grid.nodes[72] = ("bob", client(1))
+    assert post.reached() == {0, 1}
+    assert post.nodes == {0: 71, 1: 72}
+
+
+def test_who_comes_later_with_other_samples_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    was = SETTINGS.federation(0).split.train.counts().tolist()
+    post, _ = gathered({71: ("ada", client(0))}, ["ada", "bob"], 5.0, known=[was[0], 5])
+    post.grid.nodes[72] = ("bob", client(1))
+    assert [len(post.reached()) for _ in range(3)] == [1, 1, 1]
+    assert f"samples are {was[1]} there, and were 5 when the run was started" in caplog.text
 
 
 def test_a_node_that_is_gone_gets_no_letter() -> None:

@@ -100,7 +100,7 @@ pid nginx.pid;
 events {{ }}
 http {{
   access_log off;
-  client_max_body_size 0;
+  client_max_body_size 16m;
   client_body_temp_path nginx-body;
   proxy_temp_path nginx-proxy;
   fastcgi_temp_path nginx-fastcgi;

@@ -38,8 +38,8 @@ def serve(grid: Any, settings: Settings, folder: Path, names: list[str]) -> None
     """The run of ``settings`` in ``folder``, with the clients behind ``grid``."""
     one_of_each(settings)
     resume = (folder / SETTINGS).is_file() and not Folder(folder).complete()
-    name = run_name(settings)
-    with logged(folder, fresh=not resume), linked(GridPost(grid, names), name):
+    name, known = run_name(settings), (Folder(folder).load() or {}).get("counts") if resume else None
+    with logged(folder, fresh=not resume), linked(GridPost(grid, names, known), name):
         log.info("run %s of %d clients, %d rounds", name, settings.clients, settings.rounds)
         result = run_settings(settings, out=folder, writers=[Lines()], resume=resume)
         log.info("report: %s", write_report([result], folder, folder.resolve().name))

@@ -54,6 +54,9 @@ class Returned(NamedTuple):
 class Post(Protocol):
     """The way to the clients of one run."""
 
+    largest: int
+    """Bytes of the largest reply that can be right; of a larger one it is enough to say so."""
+
     def send(self, letter: int, client: int, data: bytes, about: Mapping[str, Any]) -> None:
         """Have a letter delivered, whenever the client can be reached."""
         ...
@@ -164,6 +167,8 @@ class Deployment(Rounds):
         self._saved = self.based.copy()
         self._looked, self._missed = 0.0, np.full(self.clients, NEVER)
         self.expected = expected_of(self, split)
+        numbers = max(sum(math.prod(e.shape) for e in expected.values()) for expected, _ in self.expected.values())
+        post.largest = 16 * numbers  # with the place of each, as a sparse one has it
 
     # ---- what a schedule sees
 
@@ -363,7 +368,7 @@ class Deployment(Rounds):
     def snapshot(self) -> Tensors:
         saved = super().snapshot()
         self.safe, self._saved = self._saved, self.based.copy()  # this one may still get lost, as on a full disk
-        return {**saved, "based": torch.from_numpy(self.based.copy())}
+        return {**saved, "based": torch.from_numpy(self.based.copy()), "counts": self.counts.clone()}
 
     def restore(self, saved: Tensors) -> None:
         if "based" not in saved or saved["based"].shape != self.based.shape:

@@ -10,9 +10,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ SLOW = 0.1
 """Seconds between looks for replies; Flower does not wait for them."""
 MANY = 1 << 40
 """Samples that no client has."""
+SMALL = 1 << 20
+"""Bytes beyond those of its arrays that a reply may have."""
+SPREAD, ROOM = 6, 256 << 20
+"""Flower has a message this many times in memory while it puts it together; and the bytes that its threads take beside it."""
+STATM = Path("/proc/self/statm")
+UNREADABLE = (MemoryError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What Flower raises for messages that are none: it trusts those who send them."""
 AGAIN = 30.0
 """Seconds after which a node that was refused at the start is asked again."""
 
@@ -50,7 +58,7 @@ class flower(Engine):
     grace: PositiveFloat = 60.0
     """Seconds for which a client may be out of reach before the round goes on without it."""
     gather: PositiveFloat = 600.0
-    """Seconds to wait for all clients to be there at the start."""
+    """Seconds to wait for all clients to be there at the start; one that goes on is content with some after ``grace`` seconds."""
 
     @model_validator(mode="after")
     def _real(self) -> flower:
@@ -67,8 +75,8 @@ class flower(Engine):
             if run.pop(simulated):
                 raise ConfigError(f"{simulated}: not allowed with engine flower: it is simulated")
         run.pop("schedule")
-        counts = link.post.gather(federation, link.run, self.gather)
-        run["names"] = [link.post.called[client] for client in range(federation.clients)]
+        counts = link.post.gather(federation, link.run, self.gather, self.grace)
+        run["names"] = link.post.called
         return Deployment(federation, method, self, codec, down, link.post, counts, run=link.run, grace=self.grace, **run)
 
 
@@ -120,22 +128,37 @@ def unpacked(content: Any) -> tuple[bytes, dict[str, Any]]:
     return data, about
 
 
+class Answer(NamedTuple):
+    """What came back of a message: the bytes and what is said beside them, or why there are none."""
+
+    data: bytes | None
+    about: dict[str, Any]
+    why: str = ""
+
+
 class GridPost:
     """A ``Post`` over Flower's Grid. ``names`` are the clients', by their numbers, as their keys were registered; without names,
-    whoever first says it is a client is that client for the run.
+    whoever first says it is a client is that client for the run. ``known`` are the numbers of samples that clients had when the run
+    was stopped, int64 ``[N]``: with them it goes on although some are not there.
     """
 
-    def __init__(self, grid: Any, names: list[str]) -> None:
-        self.grid, self.names = grid, names
+    def __init__(self, grid: Any, names: list[str], known: Tensor | None = None) -> None:
+        self.grid, self.names, self.known = grid, names, known
+        self.largest = 0
         self.nodes: dict[int, int] = {}
         """Flower's numbers of the nodes, by client."""
-        self.called: dict[int, str] = {}
+        self.called: list[str] = []
         """What clients are called: as their keys were registered, else by their numbers."""
+        self.counts: dict[int, int] = {}
+        """Numbers of samples, by client."""
         self.open: dict[str, tuple[int, int]] = {}
         """Letters and clients, by the message that replies are asked for by."""
         self.unsent: list[Returned] = []
         self.envelope = 0
         """Bytes sent and received beside letters."""
+        self._asked: dict[str, int] = {}
+        self._due: dict[int, float] = {}
+        """Nodes by the message that asked them who they are, and when others are to be asked."""
 
     def _push(self, node: int, data: bytes, about: Mapping[str, Any]) -> str:
         content = packed(data, about)
@@ -146,100 +169,126 @@ class GridPost:
 
     def send(self, letter: int, client: int, data: bytes, about: Mapping[str, Any]) -> None:
         """See ``Post``."""
-        try:
-            number = self._push(self.nodes[client], data, {**about, "letter": letter, "client": client, "ask": "work"})
-        except (ValueError, RuntimeError, OSError) as error:
-            said = "client %d: what it was sent did not get to the server's link: %s"
-            log.warning(said, client, error, extra={"client": client})
-            number = ""
+        number, why = "", "it is not there"
+        if client in self.nodes:
+            try:
+                number = self._push(self.nodes[client], data, {**about, "letter": letter, "client": client, "ask": "work"})
+                why = "the server's link does not know it any more"
+            except (ValueError, RuntimeError, OSError) as error:
+                why = f"what it was sent did not get to the server's link: {error}"
         if number:
             self.open[number] = (letter, client)
         else:
-            self.unsent.append(Returned(letter, client, None, "the server's link does not know it any more"))
+            self.unsent.append(Returned(letter, client, None, why))
 
     def collect(self, seconds: float) -> list[Returned]:
         """See ``Post``."""
         end = time.monotonic() + seconds
         while True:
             found, self.unsent = self.unsent, []
-            found += [Returned(*self._open(m), *content) for m, content in self._pulled([*self.open])]
+            for number in [*self.open]:
+                answer = self._pull(number)
+                if answer is not None:
+                    found.append(Returned(*self.open.pop(number), answer.data, answer.why))
             if found or time.monotonic() >= end:
                 return found
             time.sleep(min(SLOW, max(0.0, end - time.monotonic())))
 
-    def _open(self, message: Any) -> tuple[int, int]:
-        return self.open.pop(message.metadata.reply_to_message_id)
+    def _pull(self, number: str) -> Answer | None:
+        """The reply to a message, if there is one by now; asked for alone, because one that cannot be read takes others along."""
+        from google.protobuf.message import DecodeError
 
-    def _pulled(self, numbers: list[str]) -> Iterable[tuple[Any, tuple[bytes | None, str]]]:
-        """Replies to some messages: the bytes, or why there are none."""
-        for message in self.grid.pull_messages(numbers) if numbers else ():
-            yield message, self._content(message)
-
-    def _content(self, message: Any) -> tuple[bytes | None, str]:
+        most = self.largest + SMALL
+        try:
+            with grows_by(SPREAD * most + ROOM):
+                message = next(iter(self.grid.pull_messages([number])), None)
+        except (*UNREADABLE, DecodeError) as error:
+            return Answer(None, {}, too_large(most) if isinstance(error, MemoryError) else f"not a message: {error!r}")
+        if message is None:
+            return None
         if message.has_error():
-            return None, f"error {message.error.code} there: {message.error.reason}"
+            return Answer(None, {}, f"error {message.error.code} there: {message.error.reason}")
         try:
             data, about = unpacked(message.content)
         except TransportError as error:
-            return None, str(error)
+            return Answer(None, {}, str(error))
         self.envelope += len(json.dumps(about))
-        return (None, str(about["error"])) if "error" in about else (data, "")
+        if "error" in about:
+            return Answer(None, about, str(about["error"]))
+        return Answer(data, about) if len(data) <= most else Answer(None, about, too_large(most))
+
+    # ---- who is there
 
     def reached(self) -> set[int]:
         """See ``Post``."""
-        there = {*self.grid.get_node_ids()}
+        there = self._admit()
         return {client for client, node in self.nodes.items() if node in there}
 
-    # ---- at the start
-
-    def gather(self, federation: Federation, run: str, seconds: float) -> Tensor:
+    def gather(self, federation: Federation, run: str, seconds: float, grace: float) -> Tensor:
         """Wait until all clients of ``federation`` have said who they are; their numbers of samples, int64 ``[N]``.
 
-        Who has another task, another model, or says it is somebody else, is refused, and asked again after a while, because a node
-        can be mended. Raises ``TransportError`` when time is up.
+        A run that goes on does so after ``grace`` seconds with those who are there. Who has another task, another model,
+        or says it is somebody else, is refused, and asked again after a while, because a node can be mended. Raises
+        ``TransportError`` when time is up.
         """
-        counts: dict[int, int] = {}
-        asked: dict[str, int] = {}
-        due: dict[int, float] = {}
-        end = time.monotonic() + seconds
-        while len(counts) < federation.clients:
-            now = time.monotonic()
-            infos = {info.node_id: getattr(info, "name", "") or "" for info in self.grid.get_nodes()}
-            for node in sorted(node for node in infos if due.get(node, now) <= now):
-                due[node] = math.inf
-                asked[self._push(node, b"", {"ask": "hello", "run": run})] = node
-            for message, (_, why) in self._pulled([number for number in asked if number]):
-                node = asked.pop(message.metadata.reply_to_message_id)
-                refusal = why or self._welcome(node, infos.get(node, ""), unpacked(message.content)[1], federation, counts)
-                if refusal:
-                    due[node] = now + AGAIN
-                    log.warning("node %d%s is refused: %s", node, f" ({infos[node]})" if infos.get(node) else "", refusal)
-            if len(counts) < federation.clients and now > end:
-                missing = [self.names[i] if self.names else str(i) for i in range(federation.clients) if i not in counts]
-                text = f"flower.gather: after {seconds:g} s these clients are missing: {', '.join(missing)}"
+        self.about_task, self.population, self.run = about_task(federation), federation.clients, run
+        self.called = self.names or [str(client) for client in range(federation.clients)]
+        began = time.monotonic()
+        while True:
+            self._admit()
+            missing = [client for client in range(federation.clients) if client not in self.nodes]
+            names, waited = ", ".join(self.called[client] for client in missing), time.monotonic() - began
+            if not missing:
+                break
+            if self.known is not None and self.nodes and waited > grace:
+                log.warning("after %g s these clients are missing, and the run goes on: %s", grace, names)
+                break
+            if waited > seconds:
+                text = f"flower.gather: after {seconds:g} s these clients are missing: {names}"
                 log.error(text)
                 raise TransportError(text)
             time.sleep(SLOW)
-        return torch.tensor([counts[i] for i in range(federation.clients)])
+        if self.known is not None:
+            self.counts = dict(enumerate(self.known.tolist())) | self.counts
+        return torch.tensor([self.counts[client] for client in range(federation.clients)])
 
-    def _welcome(self, node: int, name: str, said: dict[str, Any], federation: Federation, counts: dict[int, int]) -> str:
+    def _admit(self) -> set[int]:
+        """Ask nodes that nobody knows who they are, and take in those that have said so; the nodes that are there."""
+        now = time.monotonic()
+        infos = {info.node_id: getattr(info, "name", "") or "" for info in self.grid.get_nodes()}
+        known = {*self.nodes.values()}
+        for node in sorted(node for node in infos if node not in known and self._due.get(node, now) <= now):
+            self._due[node] = math.inf
+            self._asked[self._push(node, b"", {"ask": "hello", "run": self.run})] = node
+        for number, node in [*self._asked.items()]:
+            answer = self._pull(number) if number else Answer(None, {}, "the server's link does not know it")
+            if answer is None:
+                continue
+            del self._asked[number]
+            refusal = answer.why or self._welcome(node, infos.get(node, ""), answer.about)
+            if refusal:
+                self._due[node] = now + AGAIN
+                log.warning("node %d%s is refused: %s", node, f" ({infos[node]})" if infos.get(node) else "", refusal)
+        return {*infos}
+
+    def _welcome(self, node: int, name: str, said: dict[str, Any]) -> str:
         """Take a node in as the client that it says it is; else why not."""
         client, samples = said.get("client"), said.get("samples")
-        if type(client) is not int or not 0 <= client < federation.clients or type(samples) is not int or not 0 <= samples < MANY:
+        if type(client) is not int or not 0 <= client < self.population or type(samples) is not int or not 0 <= samples < MANY:
             return f"it says it is client {client!r} with {samples!r} samples"
         if self.names and self.names[client] != name:
             return f"it says it is client {client}, who is {self.names[client]}"
         if client in self.nodes:
             return f"it says it is client {client}, who is node {self.nodes[client]}"
-        mine = about_task(federation)
-        wrong = [f"{n} is {said.get(n)!r} there and {v!r} here" for n, v in mine.items() if said.get(n) != v]
+        wrong = [f"{n} is {said.get(n)!r} there and {v!r} here" for n, v in self.about_task.items() if said.get(n) != v]
+        if self.counts.get(client, samples) != samples:
+            wrong.append(f"samples are {samples} there, and were {self.counts[client]} when the run was started")
         if wrong:
             return "; ".join(wrong)
-        self.nodes[client], counts[client] = node, samples
-        self.called[client] = name or (self.names[client] if self.names else str(client))
+        self.nodes[client], self.counts[client] = node, samples
         about = {"client": client}
         log.info(
-            "%s is there, with %d samples: %d of %d", self.called[client], samples, len(counts), federation.clients, extra=about
+            "%s is there, with %d samples: %d of %d", self.called[client], samples, len(self.nodes), self.population, extra=about
         )
         return ""
 
@@ -248,3 +297,26 @@ def about_task(federation: Federation) -> dict[str, Any]:
     """What of a task has to be the same wherever a run's data are."""
     split, problem = federation.split, federation.problem
     return {"model": problem.layout.size, "inputs": [*split.train.x.shape[1:]], "names": [*split.names]}
+
+
+@contextmanager
+def grows_by(most: int) -> Iterator[None]:
+    """Within, a process that takes more than so many bytes beyond what it has raises ``MemoryError``; only Linux can do that."""
+    if not STATM.exists():
+        yield
+        return
+    import resource
+
+    has = int(STATM.read_text().split()[5]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = [has + most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def too_large(most: int) -> str:
+    """What is said of a reply that is."""
+    return f"its reply is larger than any that can be right, {most / 1e6:.1f} MB"
