@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Deed(NamedTuple):
 
 
 def script(seed: int, engine: str, lasts: float) -> list[Deed]:
-    """Up to five deeds within what a run lasts."""
+    """Up to five deeds within the seconds that a run lasts from its first round on."""
     chance = random.Random(f"{engine} {seed}")
     times = sorted(chance.uniform(0, lasts) for _ in range(chance.randint(1, 5)))
     befores = [0.0, *times]
@@ -82,6 +82,11 @@ class Server:
                         found.append(child)
         return sorted(found, key=lambda process: process.pid)
 
+    def reached(self, round_: int) -> None:
+        """Wait for a round's line in the history, or for a run that ends before it."""
+        history = self.folder / "history.jsonl"
+        until(lambda: self.process.poll() is not None or (history.exists() and history.read_bytes().count(b"\n") >= round_))
+
     def kill(self) -> None:
         below = []
         with suppress(psutil.Error):
@@ -94,12 +99,20 @@ class Server:
                     child.kill()
 
 
+def until(there: Callable[[], bool]) -> None:
+    """Look again and again, for no longer than a run may take."""
+    began = time.monotonic()
+    while not there() and time.monotonic() - began < LONGEST:
+        time.sleep(0.02)
+
+
 def do(deed: Deed, server: Server) -> str:
     """Carry out a deed; what was done."""
     if deed.what == "kill the server":
         server.kill()
         server.start()
         return deed.what
+    until(lambda: bool(server.workers()) or server.process.poll() is not None)  # they take seconds to start
     workers = server.workers()
     if not workers:
         return f"{deed.what}: there is none"
@@ -117,11 +130,8 @@ def do(deed: Deed, server: Server) -> str:
 
 def play(seed: int, engine: str, folder: Path, lasts: float) -> tuple[list[str], int | None]:
     """One script on one run: what was done, and the exit status, None if it never ended."""
-    server, done, began = Server(folder, engine), [], time.monotonic()
-    while not (folder / "history.jsonl").exists() and server.process.poll() is None:  # from the first round on
-        time.sleep(0.02)
-        if time.monotonic() - began > LONGEST:
-            break
+    server, done = Server(folder, engine), []
+    server.reached(1)
     for deed in script(seed, engine, lasts):
         time.sleep(deed.after)
         if server.process.poll() is not None:
@@ -177,13 +187,16 @@ def main() -> None:
     given = parser.parse_args()
     count = given.scripts or {"processes": 100, "ray": 20}[given.engine]
     out = given.out or Path(tempfile.mkdtemp(prefix="faults-"))
-    expected, began = out / "undisturbed", time.monotonic()
-    status = Server(expected, given.engine).process.wait()
-    assert status == 0, (expected / "stderr.txt").read_text()
-    whole = time.monotonic() - began
+    expected = out / "undisturbed"
+    server = Server(expected, given.engine)
+    server.reached(1)
+    began = time.monotonic()
+    server.reached(ROUNDS)
+    lasts = time.monotonic() - began
+    assert server.process.wait() == 0, (expected / "stderr.txt").read_text()
     bad, deeds = 0, 0
     for seed in range(given.first, given.first + count):
-        done, status = play(seed, given.engine, out / str(seed), lasts=max(0.5, whole - 3.0))
+        done, status = play(seed, given.engine, out / str(seed), lasts)
         deeds += len(done)
         found = [*wrong(out / str(seed), expected, status)]
         bad += bool(found)
