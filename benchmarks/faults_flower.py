@@ -65,12 +65,14 @@ def again(federation: OnThisMachine, app: Path, run: int) -> int:
 
 def rejoin(federation: OnThisMachine, name: str) -> None:
     """Start a node until it is let in: one that was killed is refused for a minute."""
-    for _ in range(12):
+    before, began = federation.log(name).count("SuperNode ID"), time.monotonic()
+    while federation.log(name).count("SuperNode ID") == before:
+        assert time.monotonic() < began + LONGEST, federation.log(name)
         federation.start(name)
-        with suppress(psutil.TimeoutExpired):
-            federation.running[name].wait(timeout=8)
-            continue
-        return
+        process = federation.running[name]
+        while process.poll() is None and federation.log(name).count("SuperNode ID") == before:
+            time.sleep(0.2)
+        time.sleep(2)
 
 
 def play(seed: int, folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from small_clients import batch_of, chain, plainly
 from torch import Tensor, nn
 
 from hanse.core.errors import ConfigError
-from hanse.core.gradients import linear_chain, paths
+from hanse.core.gradients import linear_chain, own_module, paths
 from hanse.core.losses import PerSample, cross_entropy, squared_error
 from hanse.core.problem import Problem
 from hanse.core.samples import Batch
@@ -47,7 +47,9 @@ def check(problem: Problem, batch: Batch, counts: Sequence[int], tolerance: floa
         g, loss = path.grad(w, batch, no_buffers(problem, len(counts)))
         torch.testing.assert_close(g, expected, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(loss, losses, rtol=tolerance, atol=tolerance)
-        assert torch.equal(w, before)
+        looked = path.losses(w, batch, no_buffers(problem, len(counts)))
+        torch.testing.assert_close(looked, losses, rtol=tolerance, atol=tolerance)
+        assert torch.equal(w, before) and not looked.requires_grad
 
 
 @settings(max_examples=60)
@@ -225,3 +227,29 @@ def test_models_with_five_dimensional_weights_run() -> None:
 def test_batch_norm_that_depends_on_the_order_of_batches_is_refused() -> None:
     with pytest.raises(ConfigError, match="momentum=None is not allowed"):
         Problem(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None)))
+
+
+def test_looking_is_without_dropout_and_leaves_statistics_alone() -> None:
+    torch.manual_seed(0)
+    problem = problem_of(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)))
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
+    batch, w, buffers = batch_of(COUNTS, x, y), rows(problem, len(COUNTS)), no_buffers(problem, len(COUNTS)) + 0.3
+    (path,) = paths(problem).values()
+    before = buffers.clone()
+    looked = path.losses(w, batch, buffers)
+    for i, count in enumerate(COUNTS):
+        (expected, *_) = problem.scores(w[i], buffers[i], batch.x[i, :count], batch.y[i, :count]).values()
+        torch.testing.assert_close(looked[i], expected.mean())
+    assert torch.equal(buffers, before)
+    trained, _ = path.grad(w, batch, buffers.clone())
+    again, _ = path.grad(w, batch, buffers.clone())
+    assert torch.equal(trained, again)  # what was trained in is trained in still
+
+
+def test_what_is_frozen_is_not_copied() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    problem = problem_of(model)
+    (frozen,) = (t for n, t in problem.fixed.items() if n == "0.weight")
+    assert own_module(problem)[0].weight.data_ptr() == frozen.data_ptr()
+    assert own_module(problem)[1].weight.data_ptr() != problem.model[1].weight.data_ptr()

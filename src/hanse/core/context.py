@@ -101,6 +101,11 @@ class Context:
                 self._private_gradient = private_gradient
         return g
 
+    def losses(self, w: Tensor, batch: Batch) -> Tensor:
+        """Mean batch loss ``[C]`` at ``w`` ``[C, P]`` as at inference, without any gradient: for rules that only look."""
+        full = w if self.private is None else torch.cat([w, self.private[: len(w)]], 1)
+        return self.path.losses(full, batch, self.buffers)
+
     def first(self, active: int) -> Context:
         """The same work, seen by its first ``active`` clients; memory is shared."""
         part = copy.copy(self)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +41,10 @@ class GradientPath(Protocol):
         """``w`` ``[C, P]`` -> gradient ``[C, P]`` and mean loss ``[C]``; running statistics ``buffers`` ``[C, Q]`` are updated."""
         ...
 
+    def losses(self, w: Tensor, batch: Batch, buffers: Tensor) -> Tensor:
+        """Mean losses ``[C]`` at ``w`` ``[C, P]`` as at inference: no gradient, no dropout, statistics are used and left alone."""
+        ...
+
 
 class Replica(NamedTuple):
     """A module of one thread's own: its trained parameters, its statistics in layout order, and its batch-norm layers."""
@@ -63,7 +67,7 @@ class Loop:
 
     def _replica(self) -> Replica:
         if not hasattr(self._mine, "replica"):
-            module = with_keyed_dropout(copy.deepcopy(self.problem.model)).train()
+            module = own_module(self.problem)
             if self.problem.start.dtype != torch.float64 and all(p.dim() <= 4 for p in module.parameters()):
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             named = dict(module.named_parameters())
@@ -90,23 +94,34 @@ class Loop:
                 torch._foreach_copy_(params, [v[i] for v in source])
                 for mine, given in zip(own, stats, strict=True):
                     mine.copy_(given[i])
-            x, y, weight = batch.x[i], batch.y[i], None if batch.weight is None else batch.weight[i]
-            if weight is not None:
-                n = int((weight > 0).sum())
-                x, y = x[:n], y[:n]
+            x, y = of_client(batch, i)
             for norm in norms:
                 norm.train(len(x) > 1)  # one sample has no statistics of its own: it is normalised by the running ones
             with torch.enable_grad(), dropout_at(batch.ids[i], batch.rounds[i], batch.step, batch.seed):
-                # Autocast keeps cast weights until it is left, so it is entered anew for every step.
-                with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-                    output = module(x)
-                loss = problem.loss(output.to(w.dtype) if output.is_floating_point() else output, y).mean()
+                loss = self._loss(module, x, y)
                 grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             torch._foreach_copy_([v[i] for v in into], list(grads))
             losses[i] = loss.detach()
             for mine, given in zip(own, stats, strict=True):
                 given[i].copy_(mine)
         return gradient, losses
+
+    @torch.no_grad()
+    def losses(self, w: Tensor, batch: Batch, buffers: Tensor) -> Tensor:
+        problem, (module, params, own, _) = self.problem, self._replica()
+        losses = w.new_empty(len(w))
+        source, stats = [*problem.layout.views(w).values()], [*problem.buffer_layout.views(buffers).values()]
+        with evaluating(module):
+            for i in range(len(w)):
+                torch._foreach_copy_([*params, *own], [v[i] for v in (*source, *stats)])
+                losses[i] = self._loss(module, *of_client(batch, i))
+        return losses
+
+    def _loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        # Autocast keeps cast weights until it is left, so it is entered anew for every step.
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+            output = module(x)
+        return self.problem.loss(output.to(self.problem.dtype) if output.is_floating_point() else output, y).mean()
 
 
 class Vmap:
@@ -120,6 +135,14 @@ class Vmap:
         self._mine = threading.local()  # functional_call swaps a module's tensors in place, so threads cannot share one
         self._grad = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, 0, 0, 0, None, None))
         self._grad_full = vmap(grad_and_value(self._loss, has_aux=True), in_dims=(0, 0, 0, 0, None, 0, 0, None, None))
+        self._losses = vmap(self._loss, in_dims=(0, 0, 0, 0, 0, 0, 0, None, None))
+        self._losses_full = vmap(self._loss, in_dims=(0, 0, 0, 0, None, 0, 0, None, None))
+
+    def _prepare(self) -> nn.Module:
+        if not hasattr(self._mine, "module"):
+            self._mine.module = own_module(self.problem)
+        module: nn.Module = self._mine.module
+        return module
 
     def _loss(
         self,
@@ -142,8 +165,7 @@ class Vmap:
         return losses.mean() if weight is None else (losses * weight.to(losses.dtype)).sum(), stats
 
     def grad(self, w: Tensor, batch: Batch, buffers: Tensor) -> tuple[Tensor, Tensor]:
-        if not hasattr(self._mine, "module"):
-            self._mine.module = with_keyed_dropout(copy.deepcopy(self.problem.model)).train()
+        self._prepare()
         stats = {n: v.clone() for n, v in self.problem.buffer_layout.views(buffers).items()}
         compute = self._grad_full if batch.weight is None else self._grad
         grads, (losses, stats) = compute(self.problem.layout.views(w), stats, *batch)
@@ -154,6 +176,14 @@ class Vmap:
         for name, v in self.problem.buffer_layout.views(buffers).items():
             v.copy_(stats[name])
         return gradient, losses.detach()
+
+    @torch.no_grad()
+    def losses(self, w: Tensor, batch: Batch, buffers: Tensor) -> Tensor:
+        compute = self._losses_full if batch.weight is None else self._losses
+        with evaluating(self._prepare()):
+            losses, _ = compute(self.problem.layout.views(w), self.problem.buffer_layout.views(buffers), *batch)
+        found: Tensor = losses
+        return found
 
 
 class Stacked:
@@ -171,25 +201,12 @@ class Stacked:
 
         Returns ``(delta [C, B, out], input [C, B, in])`` of each layer, whose product is the layer's gradient, and losses ``[C]``.
         """
-        x, y, weight = batch[:3]
-        clients, size = x.shape[:2]
+        weight, (clients, size) = batch.weight, batch.x.shape[:2]
         if len(w) == 1:  # one large matrix is faster as itself than as a batch of one
             w = w[0]
-        shared = w.dim() == 1
-        views = self.problem.layout.views(w)
-        h = x.flatten(2)
-        inputs: list[Tensor] = []
-        for matrix, bias, activation in self.layers:
-            inputs.append(h)
-            turned = views[matrix].transpose(-1, -2)
-            if shared:
-                flat = h.reshape(clients * size, -1)
-                h = (torch.addmm(views[bias], flat, turned) if bias else flat @ turned).view(clients, size, -1)
-            else:
-                h = torch.baddbmm(views[bias].unsqueeze(1), h, turned) if bias else torch.bmm(h, turned)
-            if activation:
-                h = activation.forward_(h)
-        each, delta = self._loss(h, y)
+        shared, views = w.dim() == 1, self.problem.layout.views(w)
+        h, inputs = self._forward(views, batch.x, shared)
+        each, delta = self._loss(h, batch.y)
         if weight is None:
             losses, delta = each.mean(1), delta.div_(size)
         else:
@@ -203,6 +220,28 @@ class Stacked:
                 delta = activation.backward_(delta, inputs[i])
             deltas.append(delta)
         return list(zip(deltas[::-1], inputs, strict=True)), losses
+
+    def _forward(self, views: dict[str, Tensor], x: Tensor, shared: bool) -> tuple[Tensor, list[Tensor]]:
+        """Outputs ``[C, B, out]`` and the inputs of the layers."""
+        (clients, size), h = x.shape[:2], x.flatten(2)
+        inputs: list[Tensor] = []
+        for matrix, bias, activation in self.layers:
+            inputs.append(h)
+            turned = views[matrix].transpose(-1, -2)
+            if shared:
+                flat = h.reshape(clients * size, -1)
+                h = (torch.addmm(views[bias], flat, turned) if bias else flat @ turned).view(clients, size, -1)
+            else:
+                h = torch.baddbmm(views[bias].unsqueeze(1), h, turned) if bias else torch.bmm(h, turned)
+            if activation:
+                h = activation.forward_(h)
+        return h, inputs
+
+    @torch.no_grad()
+    def losses(self, w: Tensor, batch: Batch, buffers: Tensor) -> Tensor:
+        h, _ = self._forward(self.problem.layout.views(w), batch.x, shared=False)
+        each, _ = self._loss(h, batch.y)
+        return each.mean(1) if batch.weight is None else (each * batch.weight).sum(1)
 
     def _loss(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``[C, B]`` and its derivative by the output ``h`` ``[C, B, out]``, which may be overwritten."""
@@ -294,6 +333,31 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 Layer = tuple[str, str | None, Activation | None]
+
+
+def own_module(problem: Problem) -> nn.Module:
+    """A module to train in, with dropout by keys; what is frozen is shared, not copied."""
+    frozen = [t for n, t in [*problem.model.named_parameters(), *problem.model.named_buffers()] if n in problem.fixed]
+    return with_keyed_dropout(copy.deepcopy(problem.model, {id(t): t for t in frozen})).train()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Have a module as at inference."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
+
+
+def of_client(batch: Batch, i: int) -> tuple[Tensor, Tensor]:
+    """The samples of the i-th client, without padding."""
+    x, y = batch.x[i], batch.y[i]
+    if batch.weight is None:
+        return x, y
+    n = int((batch.weight[i] > 0).sum())
+    return x[:n], y[:n]
 
 
 def linear_chain(problem: Problem) -> list[Layer] | None:

@@ -400,14 +400,22 @@ class texts(Task):
 
     def _rows(self, file: Path) -> Iterator[dict[str, Any]]:
         wanted = [self.field] if self.owner is None else [self.field, self.owner]
-        for number, line in enumerate(content(file).splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}:{number}: not JSON: {error}") from None
-            if not isinstance(row, dict) or not all(name in row for name in wanted) or not isinstance(row[self.field], str):
-                raise DataError(f"{file}:{number}: expected an object with the fields {', '.join(wanted)}, the first a string")
+        for where, row in objects(file):
+            if not all(name in row for name in wanted) or not isinstance(row[self.field], str):
+                raise DataError(f"{where}: expected an object with the fields {', '.join(wanted)}, the first a string")
             yield row
+
+
+def objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place as ``file:line``."""
+    for number, line in enumerate(content(file).splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{file}:{number}: expected an object, got {str(row)[:40]}")
+        yield f"{file}:{number}", row
 
 
 def joined(rows: Iterator[tuple[str, str]]) -> dict[str, bytes]:

@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hanse.core.cache import cache_folder
 from hanse.engines.base import Arrangement
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ class _Memory:
             torch.__version__,
         ]
         name = hashlib.blake2b("\n".join(what).encode(), digest_size=12).hexdigest()
-        folder = Path(os.environ.get("HANSE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hanse")
-        self.file = folder / "arrangements" / f"{name}.json"
+        self.file = cache_folder() / "arrangements" / f"{name}.json"
 
     def read(self) -> Arrangement | None:
         try:
