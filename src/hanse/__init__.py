@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hanse import data as data
     from hanse import engines as engines
     from hanse import fleet as fleet
+    from hanse import llm as llm
     from hanse import methods as methods
     from hanse import privacy as privacy
     from hanse import schedules as schedules
@@ -51,7 +52,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(
-        ("aggregators", "attacks", "codecs", "data", "engines", "fleet", "methods", "privacy", "schedules", "topologies"), ""
+        ("aggregators", "attacks", "codecs", "data", "engines", "fleet", "llm", "methods", "privacy", "schedules", "topologies"), ""
     ),
     **dict.fromkeys(
         (

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from hanse import aggregators, attacks, codecs, data, engines, fleet, methods, privacy, schedules, topologies
+from hanse import aggregators, attacks, codecs, data, engines, fleet, llm, methods, privacy, schedules, topologies
 from hanse.core.optim import Optimizer, Rate
 from hanse.core.part import Part
 
@@ -22,6 +22,8 @@ KINDS: dict[str, type[Part]] = {
     "attacks": attacks.Attack,
     "privacy": privacy.Privacy,
     "tasks": data.Task,
+    "tunings": llm.Tuning,
+    "templates": llm.Template,
     "partitions": data.Partition,
     "fleets": fleet.Fleet,
     "traces": fleet.Trace,

@@ -168,6 +168,8 @@ KINDS = (
     "attacks",
     "privacy",
     "tasks",
+    "tunings",
+    "templates",
     "partitions",
     "fleets",
     "traces",

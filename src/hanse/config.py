@@ -158,6 +158,7 @@ class Settings(BaseModel):
 
     def federation(self, seed: int) -> Federation:
         """The federation of one seed."""
+        import hanse.llm  # noqa: F401  its tasks are known by name
         from hanse.data import Partition, Task
         from hanse.federation import Federation
         from hanse.fleet import Fleet

@@ -19,6 +19,7 @@ from hanse.config import Settings
 from hanse.core.errors import DivergedError, PrivacyError, StalledError
 from hanse.core.messages import Tensors
 from hanse.core.samples import Samples
+from hanse.data.task import Answer
 from hanse.engines import Engine, local
 from hanse.engines.estimate import drive
 from hanse.engines.rounds import Rounds
@@ -362,6 +363,8 @@ def run(
             if net.letters:
                 result.notes["messages"] = ", ".join(f"{n:,} {kind} ({size:,} bytes)" for kind, (n, size) in net.letters.items())
             result.weights, result.state, result.clients = weights(net), net.snapshot(), _clients(net, result)
+            if net.finished:
+                result.answers = _answers(federation, result)
             if folder is not None and net.finished:
                 folder.save(result.clients, CLIENTS)
                 folder.describe(result)
@@ -385,6 +388,15 @@ def _play(net: Rounds, schedule: Schedule, method: Method, recorder: Recorder) -
         torch.set_num_threads(threads)
         for writer in recorder.writers:
             writer.close()
+
+
+def _answers(federation: Federation, result: Run) -> list[Answer]:
+    """What the final model says."""
+    problem, split = federation.problem, federation.split
+    w, buffers = problem.layout.flatten(result.weights), problem.start_buffers
+    if problem.shares_buffers and problem.shared_buffers.dim() == 1:
+        buffers = problem.buffer_layout.flatten(result.weights)
+    return federation.task.answers(problem, w, buffers, split.test_x, split.test_y)
 
 
 def _clients(net: Rounds, result: Run) -> Tensors:

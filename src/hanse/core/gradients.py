@@ -12,7 +12,6 @@ Three ways to compute the same numbers, because no single one is fastest everywh
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
@@ -336,9 +335,8 @@ Layer = tuple[str, str | None, Activation | None]
 
 
 def own_module(problem: Problem) -> nn.Module:
-    """A module to train in, with dropout by keys; what is frozen is shared, not copied."""
-    frozen = [t for n, t in [*problem.model.named_parameters(), *problem.model.named_buffers()] if n in problem.fixed]
-    return with_keyed_dropout(copy.deepcopy(problem.model, {id(t): t for t in frozen})).train()
+    """A module to train in, with dropout by keys."""
+    return with_keyed_dropout(problem.copy()).train()
 
 
 @contextlib.contextmanager

@@ -99,6 +99,20 @@ class Problem:
         out: Tensor = functional_call(self.model, self.named(w, buffers), (x,))
         return out
 
+    def copy(self) -> nn.Module:
+        """A module like the recipe, with trained tensors of its own; what is frozen is shared."""
+        everything = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return copy.deepcopy(self.model, {id(t): t for n, t in everything if n in self.fixed})
+
+    def module(self, w: Tensor, buffers: Tensor) -> nn.Module:
+        """The model at ``w`` ``[P]``, as a module for inference: to be saved, or used by whoever knows modules."""
+        module, named = self.copy().eval(), {**self.layout.views(w), **self.buffer_layout.views(buffers)}
+        with torch.no_grad():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if name in named:
+                    tensor.copy_(named[name])
+        return module
+
     def sample_flops(self, x: Tensor) -> float:
         """Floating-point operations to train on one sample like ``x`` ``[1, ...]``: three forward passes' worth of matrix work."""
         from torch.utils.flop_counter import FlopCounterMode

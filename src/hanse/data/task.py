@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hanse.core.errors import DataError
 from hanse.core.losses import PerSample, accuracy, cross_entropy
 from hanse.core.part import Part
+from hanse.core.problem import Problem
 from hanse.core.samples import Samples
 from hanse.core.streams import Streams
 
@@ -74,6 +75,15 @@ class Split:
         return Split(train, moved(self.test), x, y, self.names, self.groups, newcomers)
 
 
+class Answer(TypedDict):
+    """What a model says to something it is asked, before and after training, and what was expected."""
+
+    asked: str
+    expected: str
+    before: str
+    after: str
+
+
 class Task(Part):
     """Base of all tasks."""
 
@@ -93,6 +103,10 @@ class Task(Part):
     def data(self, streams: Streams) -> Dataset:
         """Load or make the data."""
         raise TypeError(f"{type(self).__name__} does not define data")
+
+    def answers(self, problem: Problem, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> list[Answer]:
+        """What the trained model ``w`` ``[P]`` says to some test samples, for the report; nothing where outputs are no text."""
+        return []
 
     def model(self) -> nn.Module:
         """A freshly initialised model (torch's global generator is seeded by the caller)."""

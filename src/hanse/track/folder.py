@@ -65,12 +65,13 @@ class Folder:
     def describe(self, run: Run) -> None:
         """Replace ``run.json``."""
         about = {"method": run.method, "seed": run.seed, "settings": run.settings, "names": run.names, "notes": run.notes}
+        about["answers"] = run.answers
         self.replace(SETTINGS, json.dumps(about, indent=1).encode())
 
     def _about(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
-            return {name: found[name] for name in ("method", "seed", "settings", "names", "notes")}
+            return {name: found[name] for name in ("method", "seed", "settings", "names", "notes", "answers")}
         except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{self.path} is not a run folder: no readable {SETTINGS}") from None
 
@@ -139,6 +140,7 @@ class Folder:
             clients=clients,
             names=tuple(about["names"]),
             notes=about["notes"],
+            answers=about["answers"],
         )
 
     def replace(self, name: str, data: bytes) -> None:

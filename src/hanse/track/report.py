@@ -47,6 +47,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str) -> Path:
         common=common,
         differing=differing,
         notes=notes(runs),
+        answers=answers(runs),
         versions=versions(),
     )
     path = folder / "report.html"
@@ -84,6 +85,14 @@ def notes(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
                 said.setdefault((what, text), []).append(f"{label}, seed {run.seed}")
     rows = [(what, "all runs" if len(who) == len(runs) else "; ".join(who), text) for (what, text), who in said.items()]
     return sorted(rows, key=lambda row: list(dict.fromkeys(r[0] for r in rows)).index(row[0]))
+
+
+def answers(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows of what was asked, what was expected, what the models said before, and what each method's first run says in the end."""
+    first = [group[0].answers for group in groups(runs).values()]
+    if not all(first) or any([a["asked"] for a in said] != [a["asked"] for a in first[0]] for said in first):
+        return []
+    return [[row[0]["asked"], row[0]["expected"], row[0]["before"], *(a["after"] for a in row)] for row in zip(*first, strict=True)]
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from torch import Tensor
 
+from hanse.data.task import Answer
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -51,7 +53,7 @@ class Run:
     ``samples`` int64 ``[N]``, ``rounds`` int64 ``[N]`` (how often it took part), ``classes`` int64 ``[N, K]`` (training samples per
     class; absent for very many clients), ``accuracy`` float64 ``[N]`` (on its own test part, NaN without one; named by the
     task's first metric). Besides, where clients come and go, ``away`` float64 ``[K, 3]``: (client, from, to) in virtual seconds.
-    ``names`` are the class names.
+    ``names`` are the class names. ``answers`` are what the final model says, where its task has it talk.
     """
 
     method: str
@@ -62,6 +64,7 @@ class Run:
     clients: dict[str, Tensor] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """From which ``hanse.resume`` goes on: the server's and the clients' state and the counters."""
 

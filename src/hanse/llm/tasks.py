@@ -1,0 +1,133 @@
+"""Tasks of language models: what is learned from which texts, starting from which model, training which of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from hanse.core.losses import PerSample
+from hanse.core.problem import Problem
+from hanse.core.streams import Streams
+from hanse.data.files import holdout
+from hanse.data.task import Answer, Dataset, Task
+from hanse.llm.commands import examples
+from hanse.llm.encoding import encode, pad_of
+from hanse.llm.examples import Columns, Example, read
+from hanse.llm.generation import say
+from hanse.llm.models import Decoder, load, tokenizer_of
+from hanse.llm.pretrain import small
+from hanse.llm.scores import IGNORED, answer_loss, exact, tokens
+from hanse.llm.templates import Template, alpaca
+from hanse.llm.tuning import Tuning, lora
+
+FURTHER = 8
+"""Tokens that a model may go on for beyond the longest expected answer."""
+SMALL = "small"
+"""The name of hanse's own model, which is trained when it is first needed."""
+
+
+class Instructions(Task):
+    """Base of tasks that tune a decoder to follow instructions; the loss is that of the answers' tokens."""
+
+    abstract: ClassVar[bool] = True
+
+    base: str = SMALL
+    """Folder of the model and its tokenizer (or a name on a hub), or "small", which hanse trains itself."""
+    tune: Tuning = lora()
+    """What of it is trained."""
+    template: Template = alpaca(preamble=False)
+    """How instructions are written."""
+    length: PositiveInt = 96
+    """Tokens of an example; longer ones are cut."""
+    prompts: bool = False
+    """Whether prompts are learned as well."""
+
+    @property
+    def folder(self) -> str:
+        """Where the model is."""
+        return str(small("decoder")) if self.base == SMALL else self.base
+
+    @property
+    def loss(self) -> PerSample:
+        return answer_loss
+
+    @property
+    def metrics(self) -> Mapping[str, PerSample]:
+        return {"tokens": tokens, "exact": exact}
+
+    def model(self) -> nn.Module:
+        return Decoder(self.tune.applied(load(self.folder, "decoder"), "decoder"))
+
+    def dataset(self, train: Sequence[Example], test: Sequence[Example]) -> Dataset:
+        """Examples as samples; their groups, and their owners, are their categories."""
+        names = tuple(sorted({example.category for example in train}))
+        number = {name: i for i, name in enumerate(names)}
+        tokenizer = loaded(self.folder)
+        x, y, kept = encode(train, tokenizer, self.template, self.length, self.prompts)
+        test_x, test_y, _ = encode(test, tokenizer, self.template, self.length, self.prompts)
+        group = torch.tensor([number[example.category] for example in train])[kept]
+        return Dataset(x, y, test_x, test_y, group, names, group, names)
+
+    def answers(self, problem: Problem, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> list[Answer]:
+        """Up to eight test examples and what the model says to them before and after; none where prompts are learned as well."""
+        if self.prompts:
+            return []
+        tokenizer, rows = loaded(self.folder), torch.linspace(0, len(x) - 1, min(8, len(x))).long().tolist()
+        asked = [x[row, : int((y[row] != IGNORED).nonzero()[0]) + 1].tolist() for row in rows]
+        expected = [y[row][y[row] != IGNORED].tolist() for row in rows]
+        end = tokenizer(self.template.end(tokenizer), add_special_tokens=False)["input_ids"]
+        models = (cast(Decoder, problem.module(v, buffers)) for v in (problem.start, w))
+        most = max(map(len, expected)) + FURTHER
+        before, after = (say(model, asked, most, end[:1], pad_of(tokenizer)) for model in models)
+        texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (asked, expected, before, after))
+        return [
+            Answer(asked=q.strip(), expected=e.strip(), before=b.strip(), after=a.strip())
+            for q, e, b, a in zip(*texts, strict=True)
+        ]
+
+
+class commands(Instructions):
+    """Eight kinds of small work on words: repeat, reverse, capitals, sort, count, first, last, initials. Needs no file."""
+
+    each: PositiveInt = 200
+    """Examples of every kind; a fifth as many for testing."""
+
+    def data(self, streams: Streams) -> Dataset:
+        test = examples(streams.numpy("task", 1), max(1, self.each // 5))
+        return self.dataset(examples(streams.numpy("task"), self.each), test)
+
+
+class instruct(Instructions):
+    """Instructions and answers from a JSONL or CSV file, or a data set that ``datasets`` loads."""
+
+    path: str
+    """The file (gzipped or not), or folder, or name on the hub."""
+    test: str | None = None
+    """Test file of the same form; without one a tenth is held out."""
+    instruction: str = "instruction"
+    """Field of what is asked."""
+    context: str | None = None
+    """Field of what it is asked about."""
+    answer: str = "output"
+    """Field of the answer."""
+    category: str | None = None
+    """Field that says what kind of work it is; also whose it is, for ``natural``."""
+
+    def data(self, streams: Streams) -> Dataset:
+        columns = Columns(self.instruction, self.context, self.answer, self.category)
+        found = read(self.path, columns)
+        if self.test is not None:
+            return self.dataset(found, read(self.test, columns))
+        test, train = holdout(len(found), 0.1, streams)
+        return self.dataset([found[i] for i in train.tolist()], [found[i] for i in test.tolist()])
+
+
+@lru_cache(maxsize=4)
+def loaded(folder: str) -> Any:
+    """A tokenizer, kept."""
+    return tokenizer_of(folder)
