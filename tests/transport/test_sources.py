@@ -44,7 +44,7 @@ def test_no_more_is_made_than_may_be_held():
 
 def test_of_chunks_that_are_there_only_the_digest_is_made():
     data = bytes(range(100))
-    plan, maker = ahead(content(data), 10, 2, Arrived.full(10))
+    plan, maker = ahead(content(data), 10, 2, Arrived(10, 10))
     found = []
     while len(found) < 10:
         found += wait(maker)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hanse.core import wire
-from hanse.core.errors import TransportError
+from hanse.core.errors import CodecError, TransportError
 from hanse.transport.stream import Arrived, Chunk, Plan, cut, prepared
 
 
@@ -71,7 +71,7 @@ class Ahead:
 
     def free(self, chunks: int) -> None:
         """So many that were taken are not needed any more."""
-        if chunks:
+        if chunks:  # a semaphore is not released by 0
             self._credits.release(chunks)
 
     def close(self) -> None:
@@ -108,5 +108,7 @@ class Ahead:
                 del parts, chunk  # or one more than the window would be held while waiting
             if size != self._plan.size and not self._stopped:
                 raise TransportError(f"{self._plan.name}: the source gave {size:,} bytes and said {self._plan.size:,}")
+        except (OSError, CodecError) as error:  # from a connection these are a reason to make a new one, from a source they are not
+            self._give(TransportError(f"{self._plan.name}: the source failed: {error}"))
         except BaseException as error:
             self._give(error)
