@@ -26,7 +26,7 @@ def echo():
                 peer, _ = sock.accept()
             except OSError:
                 return
-            with peer:
+            with peer, suppress(OSError):  # it was cut
                 while data := peer.recv(1 << 16):
                     peer.sendall(data)
 

@@ -130,9 +130,7 @@ class Outgoing:
         if self._ahead:
             self._ahead.free(freed or 0)
         else:
-            self._ahead = Ahead(
-                self.sender.plan, self._source, self.sender.window, Arrived(arrived.count, arrived.base, arrived.ahead)
-            )
+            self._ahead = Ahead(self.sender.plan, self._source, self.sender.window, arrived.bits)
 
     def _taken(self, channel: Channel, carrier: Carrier) -> bool:
         """Send the chunks; whether the receiver then has what was sent."""

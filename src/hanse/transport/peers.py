@@ -41,7 +41,6 @@ T = TypeVar("T")
 CHUNK = 4 << 20
 WINDOW = 8
 POOL = 64 << 20
-_PAUSE = 0.1
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -86,8 +85,8 @@ class Listener:
         self._tls, self._pool, self._patience = tls, pool, patience
         self._chunk, self._window = chunk, window
         self._desk = Desk(job, limit, memory, folder)
-        self._sock = listen(address)
         self._blocks = Blocks() if "shared" in ways else None
+        self._sock = listen(address)
         self._workers = ThreadPoolExecutor(_WORKERS, "hanse-check")
         self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._offered: dict[Name, Source] = {}
@@ -165,7 +164,7 @@ class Listener:
                 self._places.release()
                 if not self._closed:  # no more files may be open, say
                     log.warning("nobody comes in: %s", error)
-                    time.sleep(_PAUSE)
+                    time.sleep(0.1)
 
     def _serve(self, sock: socket.socket, peer: object) -> None:
         """One connection, from its first byte to its last; whatever a peer does ends in a line of the log."""
@@ -179,7 +178,7 @@ class Listener:
             if not self._closed:
                 self._admit(channel)
                 happened = "lost"
-                self._listen_to(channel)
+                self._listen_to(channel, who)
         except (OSError, CodecError, TransportError) as error:
             log.log(logging.DEBUG if self._closed and happened == "lost" else logging.WARNING, "%s %s: %s", happened, who, error)
         except Exception as error:  # of the source of what is offered
@@ -200,7 +199,7 @@ class Listener:
         finally:
             watch.cancel()
 
-    def _listen_to(self, channel: Channel) -> None:
+    def _listen_to(self, channel: Channel, who: str) -> None:
         inbox = Inbox(channel, self._desk, self._blocks, self._pool, self._workers, "ucx" in self._ways)
         outbox = Outbox(channel, self._ways)
         try:
@@ -211,7 +210,13 @@ class Listener:
                     return
                 message = channel.control(frame)
                 if message.say == "open":
-                    self._take(message, inbox)
+                    try:
+                        arrival = inbox.receive(message)
+                    except TransportError as error:
+                        log.warning("refused %s from %s: %s", message.name, who, error)
+                        continue
+                    if arrival:
+                        self._arrivals.put(arrival)
                 elif message.say == "want":
                     self._give(message, outbox)
                 elif message.say == "bye":
@@ -221,15 +226,6 @@ class Listener:
         finally:
             inbox.close()
             outbox.close()
-
-    def _take(self, message: Said, inbox: Inbox) -> None:
-        try:
-            arrival = inbox.receive(message)
-        except TransportError as error:
-            log.warning("refused %s: %s", message.name, error)
-            return
-        if arrival:
-            self._arrivals.put(arrival)
 
     def _give(self, message: Said, outbox: Outbox) -> None:
         source = self._offered.get(message.name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hanse.core import wire
 from hanse.core.errors import CodecError, TransportError
-from hanse.transport.stream import Arrived, Chunk, Plan, cut, prepared
+from hanse.transport.stream import Chunk, Plan, cut, prepared
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def content(data: bytes | bytearray | memoryview) -> Source:
 class Ahead:
     """A thread that makes the chunks of a source, with their checksums, and waits while ``window`` are not given back.
 
-    So whatever a source makes is in memory W s bytes at a time, those in flight among them. Of chunks in ``skip`` only the digest
-    is made. ``wake`` can be read when ``take`` has something.
+    So whatever a source makes is in memory W s bytes at a time, those in flight among them. Of chunks whose bits are set in
+    ``skip`` only the digest is made. ``wake`` can be read when ``take`` has something.
     """
 
-    def __init__(self, plan: Plan, source: Source, window: int, skip: Arrived) -> None:
+    def __init__(self, plan: Plan, source: Source, window: int, skip: int) -> None:
         self._plan, self._source, self._skip = plan, source, skip
         self._credits = threading.Semaphore(window)
         self._made: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
@@ -100,7 +100,7 @@ class Ahead:
                 if size > self._plan.size:
                     break
                 chunk = prepared(self._plan, index, parts)
-                if index in self._skip:
+                if self._skip >> index & 1:
                     chunk = replace(chunk, parts=())
                     self._credits.release()
                 index += 1

@@ -105,7 +105,13 @@ class Sender:
         if self._broken:
             return inline(channel, frame, parts)
         self._tag = self._tag % (_TAGS - 1) + 1
-        payload = parts[0] if len(parts) == 1 else self._gathered(frame, parts)
+        payload = parts[0]
+        if len(parts) > 1:  # in one piece, in memory that is the slot's and registered once
+            staged = self._staged.get(frame.slot, b"")
+            if len(staged) < frame.length:
+                staged = self._staged[frame.slot] = bytearray(frame.length)
+            payload = memoryview(staged)[: frame.length]
+            gather(payload, parts)
         channel.send(replace(frame, flags=UCX, slot=self._tag).pack())
         self._flying[self._tag] = self._node.submit(self._endpoint.send(payload, tag=self._tag))
         return HEADER.size
@@ -114,15 +120,6 @@ class Sender:
         """Close the endpoint."""
         with suppress(Exception):
             self._node.submit(self._endpoint.close()).result(_PATIENCE)
-
-    def _gathered(self, frame: Frame, parts: Sequence[memoryview]) -> memoryview:
-        """The payload in one piece, in memory that is the slot's and registered once."""
-        staged = self._staged.get(frame.slot, b"")
-        if len(staged) < frame.length:
-            staged = self._staged[frame.slot] = bytearray(frame.length)
-        view = memoryview(staged)[: frame.length]
-        gather(view, parts)
-        return view
 
     @staticmethod
     async def _connect(host: str, port: int, mark: bytes) -> Any:
