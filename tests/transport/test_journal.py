@@ -51,7 +51,7 @@ def written(folder, indices, plan=PLAN):
     for index in indices:
         part = memoryview(DATA)[plan.span(index)]
         journal.memory.numpy().data[plan.span(index)] = part
-        journal.add(index, prepared(plan, index, [part]).digest)
+        journal[index] = prepared(plan, index, [part]).digest
     journal.close(keep=True)
 
 
@@ -60,7 +60,7 @@ def test_what_is_there_is_found_again(tmp_path, digest):
     plan = Plan(PLAN.name, PLAN.size, PLAN.chunk, digest)
     written(tmp_path, [0, 3, 9], plan)
     again = Journal(tmp_path, plan)
-    assert sorted(again.digests) == [0, 3, 9]
+    assert sorted(again) == [0, 3, 9]
     assert again.memory.numpy().tobytes()[300:400] == DATA[300:400]
     again.close(keep=False)
     assert not list(tmp_path.iterdir())
@@ -71,8 +71,8 @@ def test_a_record_that_a_kill_cut_off_does_not_count(tmp_path):
     (have,) = tmp_path.glob("*.have")
     have.write_bytes(have.read_bytes()[:-1])
     again = Journal(tmp_path, PLAN)
-    assert sorted(again.digests) == [0]
-    again.add(4, bytes(32))
+    assert sorted(again) == [0]
+    again[4] = bytes(32)
     again.close(keep=True)
     assert (len(have.read_bytes()) - len(b"1000 100 sha256\n")) == 2 * 36
 
@@ -83,7 +83,7 @@ def test_bytes_that_are_not_what_was_written_down_do_not_count(tmp_path):
     changed = bytearray(part.read_bytes())
     changed[350] ^= 1
     part.write_bytes(changed)
-    assert sorted(Journal(tmp_path, PLAN).digests) == [0]
+    assert sorted(Journal(tmp_path, PLAN)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_bytes_that_are_not_what_was_written_down_do_not_count(tmp_path):
 def test_another_stream_starts_anew(tmp_path, plan):
     written(tmp_path, [0, 3])
     again = Journal(tmp_path, plan)
-    assert again.digests == {} and len(again.memory) == plan.size
+    assert again == {} and len(again.memory) == plan.size
 
 
 def test_a_void_stream_starts_anew(tmp_path):
     written(tmp_path, [0, 3])
     journal = Journal(tmp_path, PLAN)
-    journal.void()
-    journal.add(5, bytes(32))
+    journal.clear()
+    journal[5] = bytes(32)
     journal.close(keep=True)
     (have,) = tmp_path.glob("*.have")
     assert have.read_bytes() == b"1000 100 sha256\n" + (5).to_bytes(4, "little") + bytes(32)
@@ -110,3 +110,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TransportError, match="cannot keep 1,000 bytes of a stream"):
         Journal(tmp_path / "file", PLAN)
+
+
+def test_a_void_stream_that_was_never_closed_leaves_no_hole(tmp_path):
+    journal = Journal(tmp_path, PLAN)
+    journal[3] = bytes(32)
+    journal.clear()
+    journal[5] = bytes(32)
+    (have,) = tmp_path.glob("*.have")
+    assert have.read_bytes() == b"1000 100 sha256\n" + (5).to_bytes(4, "little") + bytes(32)
+
+
+def test_a_stream_for_which_there_is_no_room_leaves_nothing(tmp_path):
+    with pytest.raises(TransportError, match="cannot keep"):
+        Journal(tmp_path, Plan(PLAN.name, 1 << 62, 1 << 60))
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import os
+import resource
 import socket
 import ssl
 import threading
@@ -18,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hanse.core.errors import CodecError, ConfigError, TransportError
-from hanse.transport.frames import Frame, Name, control
+from hanse.transport.frames import Ack, Frame, Name, control
 from hanse.transport.handshake import enter
 from hanse.transport.peers import Link, Listener
 from hanse.transport.proxy import Conditions, Proxy
 from hanse.transport.sources import Source, content, message
 from hanse.transport.stream import Pace, Plan, prepared
-from hanse.transport.tcp import dial
+from hanse.transport.tcp import Channel, dial
 from tests.transport.processes import TOKEN, Receiver
 
 NEVER = Pace(patience=60.0, least=60.0)
@@ -498,3 +499,195 @@ def test_a_message_that_is_no_message_is_an_error_of_its_reader():
         mine.put(content(b"not tensors"))
         with pytest.raises(CodecError):
             far.get(5).tensors()
+
+
+@pytest.fixture
+def deaf(monkeypatch):
+    """The first "taken" never gets out: the connection ends before it."""
+    send, said = Channel.send, []
+
+    def failing(self, *parts):
+        if b'"taken"' in bytes(parts[0]) and not said:
+            said.append(self)
+            self.abort()
+        send(self, *parts)
+
+    monkeypatch.setattr(Channel, "send", failing)
+    yield said
+
+
+def test_a_stream_whose_sender_did_not_hear_that_it_was_taken_has_arrived(deaf):
+    with listener() as far, link(far.address, chunk=100) as mine:
+        mine.put(content(b"x" * 1000))
+        assert deaf and far.get(1).memory.numpy().tobytes() == b"x" * 1000
+        with pytest.raises(TransportError, match="no stream within"):
+            far.get(0.01)
+
+
+def test_a_stream_that_was_fetched_though_the_listener_did_not_hear_so(deaf):
+    with listener() as far, link(far.address) as mine:
+        far.offer(content(b"x" * 1000))
+        for _ in range(2):
+            assert mine.get().memory.numpy().tobytes() == b"x" * 1000
+        assert deaf
+
+
+@pytest.mark.parametrize("kind", [OSError, CodecError])
+def test_a_source_that_fails_like_a_connection_is_not_tried_again(kind):
+    tried = []
+
+    def broken():
+        tried.append(1)
+        yield memoryview(b"abc")
+        raise kind("the disk is gone")
+
+    with listener() as far, link(far.address, chunk=1) as mine:
+        with pytest.raises(TransportError, match="the source failed: the disk is gone"):
+            mine.put(Source(6, broken))
+        assert len(tried) == 1
+
+
+def asked(far, *answer):
+    """Ask for what the listener offers, and answer its "open"."""
+    channel = dial(far.address, patience=5.0)
+    enter(channel, 1, TOKEN)
+    channel.send(control(Name(1, 0, 0), "want"))
+    assert channel.control().say == "open"
+    channel.send(*answer)
+    with suppress(OSError):
+        while True:
+            channel.answer()
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([control(Name(1, 0, 0), "go", have="\xe9")], "what has arrived cannot be read"),
+        ([control(Name(1, 0, 0), "go", have="-1")], "what has arrived"),
+        ([control(Name(1, 0, 0), "go", have="fffff")], "what has arrived"),
+        ([control(Name(1, 0, 0), "refused", reason="a\n" * 9 + "b" * 9000)], "refused: a a"),
+        ([control(Name(1, 0, 0), "go", have="0"), Ack(0, 9, 0).pack()], "of 3 is acknowledged"),
+    ],
+)
+def test_a_peer_that_fetches_and_breaks_the_protocol_is_let_go(answer, said, caplog):
+    caplog.set_level(logging.WARNING)
+    with listener(chunk=5) as far:
+        far.offer(content(b"hello, you all."))
+        asked(far, *answer)
+        with link(far.address) as mine:
+            assert mine.get().memory.numpy().tobytes() == b"hello, you all."
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 1 and lines[0].startswith("lost 127.0.0.1:") and said in lines[0]
+    assert "\n" not in lines[0] and len(lines[0]) < 400
+
+
+def test_a_source_that_fails_while_it_is_fetched_is_a_line_of_the_log(caplog):
+    caplog.set_level(logging.WARNING)
+
+    def broken():
+        yield memoryview(b"abc")
+        raise ValueError("the encoder broke")
+
+    with listener() as far, link(far.address, attempts=1) as mine:
+        far.offer(Source(6, broken))
+        with pytest.raises(TransportError, match="given up after 1"):
+            mine.get()
+    assert any("lost 127.0.0.1" in r.getMessage() and "the encoder broke" in r.getMessage() for r in caplog.records)
+
+
+def test_memory_that_is_not_there_is_a_refusal():
+    with listener(limit=1 << 60) as far, link(far.address, chunk=1 << 30) as mine:
+        with pytest.raises(TransportError, match="refused: stream 1 of round 0: there is no memory for its 1,125,899,906,842,624"):
+            mine.put(Source(1 << 50, list), number=1)
+        mine.put(content(b"x"), number=2)
+
+
+def test_what_a_link_refuses_it_says_why():
+    with listener() as far, link(far.address, limit=100) as mine:
+        far.offer(content(bytes(101)), 3)
+        with pytest.raises(TransportError, match="stream 0 of round 3 has 101 bytes; 100 are taken at a time"):
+            mine.get(3)
+
+
+def test_a_refusal_of_something_long_is_short(caplog):
+    with listener() as far:
+        channel = dial(far.address)
+        enter(channel, 1, TOKEN)
+        channel.send(control(Name(1, 0, 0), "open", size=1, chunk=1, digest="x" * 100_000, window=1, ways=[]))
+        assert len(channel.control().get("reason", str)) < 200
+        channel.close()
+    assert max(len(r.getMessage()) for r in caplog.records) < 300
+
+
+def test_a_listener_that_may_open_no_more_files_goes_on_when_it_may(caplog):
+    caplog.set_level(logging.WARNING)
+    before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    with listener() as far:
+        stranger = socket.socket()
+        try:
+            highest = max(map(int, os.listdir("/proc/self/fd")))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, before[1]))
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(stranger.fileno()))
+            stranger.connect(far.address)
+            for _ in range(500):
+                if caplog.records:
+                    break
+                threading.Event().wait(0.01)
+        finally:
+            for descriptor in taken:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            stranger.close()
+        assert any("Too many open files" in r.getMessage() for r in caplog.records)
+        with link(far.address, patience=5.0) as mine:
+            mine.put(content(b"x"))
+
+
+def test_a_stranger_who_dawdles_is_let_go():
+    """One byte at a time, each well within the listener's patience."""
+    let_go = pytest.raises(OSError, match=r"reset|pipe")
+    with listener(patience=0.3) as far, socket.create_connection(far.address, 5) as stranger, let_go:
+        for _ in range(38):
+            stranger.sendall(b"\xf1")
+            threading.Event().wait(0.05)
+
+
+def test_who_waits_for_a_stream_hears_that_the_listener_was_closed():
+    far, found = listener(), []
+
+    def wait():
+        try:
+            far.get()
+        except TransportError as error:
+            found.append(str(error))
+
+    threads = [threading.Thread(target=wait, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    far.close()
+    for thread in threads:
+        thread.join(5)
+    assert found == ["the listener is closed"] * 2
+
+
+def test_a_window_that_cannot_be_is_said_where_it_is_set():
+    for window in (0, 65):
+        with pytest.raises(ConfigError, match=f"window: {window}; 1 to 64"):
+            listener(window=window)
+
+
+def test_cutting_a_connection_does_not_turn_its_tls_off(certificate):
+    """Or what another thread sends in that moment would go in the clear."""
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate)
+    client = ssl.create_default_context(cafile=str(certificate))
+    with listener(tls=server) as far:
+        channel = dial(("localhost", far.address[1]), client)
+        channel.abort()
+        assert channel._sock.version() is not None
+        with pytest.raises(OSError):
+            channel.send(b"secret")
+        channel.close()

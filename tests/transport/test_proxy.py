@@ -1,12 +1,16 @@
 import socket
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from hanse.transport.frames import CONTROL, Frame, Name, control
+from hanse.transport.peers import Link, Listener
 from hanse.transport.proxy import Conditions, Proxy
+from hanse.transport.sources import content
 from hanse.transport.tcp import listen
+from tests.transport.processes import TOKEN
 
 PAYLOAD = bytes(range(256)) * 400
 
@@ -22,7 +26,7 @@ def echo():
                 peer, _ = sock.accept()
             except OSError:
                 return
-            with peer:
+            with peer, suppress(OSError):  # it was cut
                 while data := peer.recv(1 << 16):
                     peer.sendall(data)
 
@@ -107,3 +111,21 @@ def test_connections_are_cut_where_it_is_said(echo):
 def test_nobody_behind(echo):
     with Proxy(("127.0.0.1", 1), Conditions()) as proxy:
         assert through(proxy, b"x") == b""
+
+
+def test_what_it_cannot_read_ends_the_connection_and_its_threads(echo):
+    with Proxy(echo, Conditions(loss=1e-9)) as proxy:
+        with suppress(ConnectionResetError), socket.create_connection(proxy.address, 5) as sock:
+            sock.sendall(b"not a frame at all, but longer than a header of one")
+            assert sock.recv(100) == b""
+        pipes = [thread for thread in threading.enumerate() if thread.name == "hanse-pipe"]
+        for thread in pipes:
+            thread.join(2)
+        assert not any(thread.is_alive() for thread in pipes)
+
+
+def test_chunks_in_shared_memory_have_no_bytes_to_harm():
+    with Listener(job=1, token=TOKEN) as far, Proxy(far.address, Conditions(loss=1e-12)) as between:
+        with Link(between.address, job=1, token=TOKEN, ways=("shared",), patience=5.0, attempts=1) as link:
+            link.put(content(PAYLOAD))
+        assert far.get(5).memory.numpy().tobytes() == PAYLOAD

@@ -6,11 +6,14 @@ import pytest
 from hanse.core.errors import CodecError, TransportError
 from hanse.transport import shared
 from hanse.transport.blocks import Blocks
-from hanse.transport.frames import INLINE, SHARED, Frame, Name
+from hanse.transport.exchange import Outbox, Outgoing
+from hanse.transport.frames import INLINE, SHARED, Frame, Name, Said
+from hanse.transport.handshake import enter
 from hanse.transport.peers import Link, Listener
 from hanse.transport.shared import Slots, Writer
 from hanse.transport.sources import content
-from hanse.transport.tcp import Channel
+from hanse.transport.stream import Pace, Plan
+from hanse.transport.tcp import Channel, dial
 from tests.transport.processes import TOKEN
 
 FRAME = Frame(INLINE, 2, Name(1, 2, 3), 0, 1, 5, 0)
@@ -23,9 +26,8 @@ def blocks():
     made.close()
 
 
-def writer(slots):
-    offer = slots.offer()
-    return Writer(offer["block"], offer["mark"], offer["chunk"])
+def writer(slots, **change):
+    return Writer(Said(Name(1, 2, 3), "shared", {**slots.offer, **change}))
 
 
 def test_what_is_written_lies_in_the_slot_and_only_the_header_travels(blocks):
@@ -39,9 +41,8 @@ def test_what_is_written_lies_in_the_slot_and_only_the_header_travels(blocks):
 
 
 def test_the_memory_of_somebody_else_is_not_written(blocks):
-    offer = Slots(blocks, 4, 100).offer()
     with pytest.raises(TransportError, match="not the memory of this peer"):
-        Writer(offer["block"], "00" * 16, 100)
+        writer(Slots(blocks, 4, 100), mark="00" * 16)
 
 
 @pytest.mark.parametrize("change", [{"slot": 4}, {"slot": 65535}, {"length": 101}])
@@ -69,6 +70,28 @@ def test_a_pool_serves_many_streams(monkeypatch):
         for number in range(3):
             assert link.put(content(bytes(5000)), number=number).wire == 5 * 56
     assert len(made) == 1
+
+
+def test_chunks_of_another_size_in_the_same_memory():
+    """The receiver cuts its memory anew for a longer chunk; the sender is told, and writes there."""
+    with Listener(job=1, token=TOKEN) as far:
+        channel = dial(far.address)
+        enter(channel, 1, TOKEN)
+        outbox = Outbox(channel, ("shared",))
+        for number, chunk in enumerate((100, 2000)):
+            outgoing = Outgoing(Plan(Name(1, 0, number), 5000, chunk), content(bytes(range(250)) * 20), 4, Pace(60.0), 5)
+            outgoing.push(outbox)
+            outgoing.close()
+            assert far.get(5).memory.numpy().tobytes() == bytes(range(250)) * 20
+            assert outgoing.sender.counters.resent == 0
+        outbox.close()
+        channel.close()
+
+
+@pytest.mark.parametrize("chunk", [-8, 0])
+def test_slots_that_cannot_be_are_not_written(blocks, chunk):
+    with pytest.raises(TransportError, match="outside of the shared memory"):
+        writer(Slots(blocks, 4, 100), chunk=chunk).send(None, replace(FRAME, slot=1), [memoryview(b"abcde")])
 
 
 def test_without_shared_memory_chunks_travel_inline(monkeypatch):

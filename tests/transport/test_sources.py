@@ -7,12 +7,12 @@ from hanse.core import wire
 from hanse.core.errors import TransportError
 from hanse.transport.frames import Name
 from hanse.transport.sources import Ahead, Source, content, message
-from hanse.transport.stream import Arrived, Plan, prepared
+from hanse.transport.stream import Plan, prepared
 
 
-def ahead(source, chunk, window, skip=None):
+def ahead(source, chunk, window, skip=0):
     plan = Plan(Name(1, 2, 3), source.size, chunk)
-    return plan, Ahead(plan, source, window, skip or Arrived(plan.count))
+    return plan, Ahead(plan, source, window, skip)
 
 
 def wait(maker):
@@ -44,7 +44,7 @@ def test_no_more_is_made_than_may_be_held():
 
 def test_of_chunks_that_are_there_only_the_digest_is_made():
     data = bytes(range(100))
-    plan, maker = ahead(content(data), 10, 2, Arrived.full(10))
+    plan, maker = ahead(content(data), 10, 2, (1 << 10) - 1)
     found = []
     while len(found) < 10:
         found += wait(maker)

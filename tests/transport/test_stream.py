@@ -1,5 +1,6 @@
 """Both ends of a stream against each other, through channels that do everything to frames that channels do."""
 
+import copy
 import hashlib
 import itertools
 from dataclasses import replace
@@ -149,7 +150,7 @@ def test_acknowledgements_that_a_cut_swallowed_are_made_good():
         pass
     stream.arrive(*stream.up[0])
     stream.arrive(*stream.up[1])
-    assert stream.sender.resume(stream.receiver.arrived.copy()) == [0, 1]
+    assert stream.sender.resume(copy.copy(stream.receiver.arrived)) == 2
     assert stream.sender.next(0.0)[0].index == 2
 
 
@@ -210,7 +211,7 @@ def test_a_chunk_that_fails_again_and_again_is_spent():
 
 def test_chunks_in_flight_fit_into_one_acknowledgement():
     stream = Stream(bytes(300), 1, WIDEST)
-    stream.sender.resume(Arrived.unpack(Arrived.full(300).pack(), 300))
+    stream.sender.resume(Arrived.unpack(Arrived(300, 300).pack(), 300))
     have = Arrived(300)
     for index in itertools.chain(range(3), range(4, 80)):
         have.add(index)
@@ -299,13 +300,13 @@ def test_what_has_arrived_is_a_set(case):
         assert found.base == next(i for i in itertools.count() if i not in expected)
     assert {i for i in range(count) if i in found} == expected
     again = Arrived.unpack(found.pack(), count)
-    assert (again.base, again._ahead, len(again)) == (found.base, found._ahead, len(found))
+    assert (again.base, again.ahead, len(again)) == (found.base, found.ahead, len(found))
     told = {i for i in expected if i < found.base + WIDEST}
     assert set(Arrived(count).news(found.ack(3))) == told and found.news(found.ack(3)) == []
 
 
-@given(st.binary(max_size=30), st.integers(0, 100))
-def test_other_bytes_do_not_tell_what_has_arrived(data, count):
+@given(st.text(max_size=30) | st.integers(-(2**100), 2**100).map(lambda n: f"{n:x}"), st.integers(0, 100))
+def test_other_texts_do_not_tell_what_has_arrived(data, count):
     try:
         found = Arrived.unpack(data, count)
     except CodecError:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from hanse.core.errors import CodecError
+from hanse.core.errors import CodecError, TransportError
 
 T = TypeVar("T")
 
@@ -141,6 +141,10 @@ class Said(NamedTuple):
     name: Name
     say: str
     fields: dict[str, Any]
+
+    def refusal(self) -> TransportError:
+        """The error for a message that says "refused", with the reason that the peer gives, in a line."""
+        return TransportError(f"refused: {' '.join(self.get('reason', str).split())[:200]}")
 
     def get(self, field: str, kind: type[T]) -> T:
         """A field of exactly this type; raises ``CodecError`` if there is none."""

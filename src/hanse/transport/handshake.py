@@ -33,7 +33,7 @@ def _proof(token: bytes, role: bytes, listener: bytes, dialer: bytes) -> bytes:
 def _read(message: Said, say: str, field: str) -> bytes:
     """The 32 bytes in ``field`` of a message that says ``say``."""
     if message.say == "refused":
-        raise TransportError(f"refused: {message.get('reason', str)[:200]}")
+        raise message.refusal()
     if message.say != say:
         raise CodecError(f"{say!r} must come now, not {message.say!r:.40}")
     try:

@@ -20,18 +20,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
-from torch import Tensor
-
-from hanse.core import wire
 from hanse.core.errors import CodecError, ConfigError, TransportError
 from hanse.transport import ucx
 from hanse.transport.blocks import Blocks
 from hanse.transport.desk import Desk, Memory, own_memory
-from hanse.transport.exchange import WAYS, Inbox, Outbox, Outgoing
+from hanse.transport.exchange import WAYS, Arrival, Inbox, Outbox, Outgoing
 from hanse.transport.frames import WIDEST, Name, Said, control
 from hanse.transport.handshake import admit, enter, token_bytes
 from hanse.transport.sources import Source
@@ -39,27 +36,20 @@ from hanse.transport.stream import Counters, Pace, Plan
 from hanse.transport.tcp import Address, Channel, GoneError, dial, listen
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHUNK = 4 << 20
 WINDOW = 8
+POOL = 64 << 20
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
-class Arrival(NamedTuple):
-    """A stream that is whole: its name, its bytes (uint8), and what it took at this end."""
-
-    name: Name
-    memory: Tensor
-    counters: Counters
-
-    def tensors(self) -> tuple[wire.Tensors, dict[str, str]]:
-        """The named tensors in it, as views of ``memory``, and what they say; raises ``CodecError`` if it is something else."""
-        return wire.read(self.memory)
-
-
-def _ways(ways: Sequence[str]) -> tuple[str, ...]:
+def _checked(ways: Sequence[str], window: int) -> tuple[str, ...]:
+    """The ways; raises ``ConfigError`` where a way or a window cannot be."""
     if not set(ways) <= set(WAYS):
         raise ConfigError(f"ways: {tuple(ways)}; allowed: {', '.join(WAYS)}")
+    if not 1 <= window <= WIDEST:
+        raise ConfigError(f"window: {window}; 1 to {WIDEST} chunks can be in flight")
     if "ucx" in ways:
         ucx.require()
     return tuple(ways)
@@ -87,23 +77,23 @@ class Listener:
         ways: Sequence[str] = ("shared", "inline"),
         chunk: int = CHUNK,
         window: int = WINDOW,
-        pool: int = 64 << 20,
+        pool: int = POOL,
         peers: int = 256,
         patience: float = 30.0,
     ) -> None:
-        self._ways, self._token, self._job = _ways(ways), token_bytes(token), job
+        self._ways, self._token, self._job = _checked(ways, window), token_bytes(token), job
         self._tls, self._pool, self._patience = tls, pool, patience
         self._chunk, self._window = chunk, window
         self._desk = Desk(job, limit, memory, folder)
         self._blocks = Blocks() if "shared" in ways else None
+        self._sock = listen(address)
         self._workers = ThreadPoolExecutor(_WORKERS, "hanse-check")
-        self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._offered: dict[Name, Source] = {}
         self._places = threading.Semaphore(peers)
         self._channels: set[Channel] = set()
         self._threads: set[threading.Thread] = set()
         self._closed = False
-        self._sock = listen(address)
         name = self._sock.getsockname()
         self.address: Address = name if isinstance(name, str) else (name[0], name[1])
         """Where it listens; the port is chosen by the system if none was given."""
@@ -111,11 +101,14 @@ class Listener:
         self._accepting.start()
 
     def get(self, timeout: float | None = None) -> Arrival:
-        """The next stream that is whole. Raises ``TransportError`` if there is none within ``timeout`` seconds."""
+        """The next stream that is whole. Raises ``TransportError`` if there is none within ``timeout`` seconds, or it is closed."""
         try:
             arrival = self._arrivals.get(timeout=timeout)
         except queue.Empty:
             raise TransportError(f"no stream within {timeout} seconds") from None
+        if arrival is None:
+            self._arrivals.put(None)  # for the next one who asks
+            raise TransportError("the listener is closed")
         self._desk.collected(len(arrival.memory))
         return arrival
 
@@ -145,6 +138,7 @@ class Listener:
         self._accepting.join()
         for thread in list(self._threads):
             thread.join()
+        self._arrivals.put(None)
         self._desk.close()
         self._workers.shutdown()
         if self._blocks:
@@ -159,48 +153,55 @@ class Listener:
         self.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             self._places.acquire()
             try:
                 sock, peer = self._sock.accept()
-            except OSError:
-                return  # closed
-            thread = threading.Thread(target=self._serve, args=(sock, peer), name="hanse-peer", daemon=True)
-            self._threads.add(thread)
-            thread.start()
+                thread = threading.Thread(target=self._serve, args=(sock, peer), name="hanse-peer", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+            except OSError as error:
+                self._places.release()
+                if not self._closed:  # no more files may be open, say
+                    log.warning("nobody comes in: %s", error)
+                    time.sleep(0.1)
 
     def _serve(self, sock: socket.socket, peer: object) -> None:
         """One connection, from its first byte to its last; whatever a peer does ends in a line of the log."""
-        channel: Channel | None = None
         who = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a local process"
+        happened, channel = "refused", None
         try:
-            sock.settimeout(self._patience)
             if self._tls is not None:  # they shake hands when the first byte is sent, so that ``close`` need not wait for it
                 sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             channel = Channel(sock, self._patience)
             self._channels.add(channel)
-            if self._closed:
-                return
-            try:
-                admit(channel, self._job, self._token)
-            except (OSError, CodecError, TransportError) as error:
-                log.warning("refused %s: %s", who, error)
-                return
-            self._listen_to(channel)
+            if not self._closed:
+                self._admit(channel)
+                happened = "lost"
+                self._listen_to(channel, who)
         except (OSError, CodecError, TransportError) as error:
-            log.log(logging.DEBUG if self._closed else logging.WARNING, "lost %s: %s", who, error)
+            log.log(logging.DEBUG if self._closed and happened == "lost" else logging.WARNING, "%s %s: %s", happened, who, error)
+        except Exception as error:  # of the source of what is offered
+            log.exception("lost %s: %s", who, error)
         finally:
             if channel:
                 self._channels.discard(channel)
-                channel.close()
-            else:
-                sock.close()
+            sock.close()
             self._threads.discard(threading.current_thread())
             self._places.release()
 
-    def _listen_to(self, channel: Channel) -> None:
-        inbox = Inbox(self._desk, self._blocks, self._pool, self._workers, "ucx" in self._ways)
-        outbox = Outbox(self._ways)
+    def _admit(self, channel: Channel) -> None:
+        """Let a peer in, who has one patience for all that is said before that."""
+        watch = threading.Timer(self._patience, channel.abort)
+        watch.start()
+        try:
+            admit(channel, self._job, self._token)
+        finally:
+            watch.cancel()
+
+    def _listen_to(self, channel: Channel, who: str) -> None:
+        inbox = Inbox(channel, self._desk, self._blocks, self._pool, self._workers, "ucx" in self._ways)
+        outbox = Outbox(channel, self._ways)
         try:
             while True:
                 try:
@@ -209,11 +210,15 @@ class Listener:
                     return
                 message = channel.control(frame)
                 if message.say == "open":
-                    incoming = inbox.receive(channel, message)
-                    if incoming:
-                        self._arrivals.put(Arrival(message.name, incoming.memory, incoming.counters))
+                    try:
+                        arrival = inbox.receive(message)
+                    except TransportError as error:
+                        log.warning("refused %s from %s: %s", message.name, who, error)
+                        continue
+                    if arrival:
+                        self._arrivals.put(arrival)
                 elif message.say == "want":
-                    self._give(channel, message, outbox)
+                    self._give(message, outbox)
                 elif message.say == "bye":
                     return
                 else:
@@ -222,14 +227,14 @@ class Listener:
             inbox.close()
             outbox.close()
 
-    def _give(self, channel: Channel, message: Said, outbox: Outbox) -> None:
+    def _give(self, message: Said, outbox: Outbox) -> None:
         source = self._offered.get(message.name)
         if source is None:
-            channel.send(control(message.name, "refused", reason=f"{message.name} is not offered"))
+            outbox.channel.send(control(message.name, "refused", reason=f"{message.name} is not offered"))
             return
         outgoing = Outgoing(Plan(message.name, source.size, self._chunk), source, self._window, Pace(), tries=5)
         try:
-            outgoing.push(channel, outbox)
+            outgoing.push(outbox)
         finally:
             outgoing.close()
 
@@ -260,17 +265,16 @@ class Link:
         attempts: int = 8,
         pace: Pace | None = None,
     ) -> None:
-        if not 1 <= window <= WIDEST:
-            raise ConfigError(f"window: {window}; 1 to {WIDEST} chunks can be in flight")
         self.address, self.pace = address, pace or Pace()
-        self._ways, self._token, self._job = _ways(ways), token_bytes(token), job
+        self._ways, self._token, self._job = _checked(ways, window), token_bytes(token), job
         self._chunk, self._window, self._digest, self._tries = chunk, window, digest, tries
         self._tls, self._patience, self._attempts = tls, patience, attempts
         self._desk = Desk(job, limit, memory)
         self._workers = ThreadPoolExecutor(_WORKERS, "hanse-check")
         self._blocks: Blocks | None = None
         self._lock = threading.Lock()
-        self._channel: Channel | None = None
+        self._connection: tuple[Inbox, Outbox] | None = None
+        self._opened = ExitStack()
 
     def put(self, source: Source, round: int = 0, number: int = 0) -> Counters:
         """Send a stream; returns when the listener has all of it. Raises ``TransportError`` if it refuses, or cannot be reached."""
@@ -278,7 +282,7 @@ class Link:
         outgoing = Outgoing(plan, source, self._window, self.pace, self._tries)
         try:
             with self._lock:
-                self._persist(lambda channel: outgoing.push(channel, self._outbox), lambda: len(outgoing.sender.arrived))
+                self._persist(lambda inbox, outbox: outgoing.push(outbox), lambda: len(outgoing.sender.arrived))
         finally:
             outgoing.close()
         return outgoing.sender.counters
@@ -286,32 +290,31 @@ class Link:
     def get(self, round: int = 0, number: int = 0) -> Arrival:
         """Fetch a stream that the listener offers. Raises ``TransportError`` if it does not, or cannot be reached."""
         name = Name(self._job, round, number)
-        found: list[Arrival] = []
 
-        def ask(channel: Channel) -> None:
-            channel.send(control(name, "want"))
-            message = channel.control()
+        def ask(inbox: Inbox, outbox: Outbox) -> Arrival:
+            outbox.channel.send(control(name, "want"))
+            message = outbox.channel.control()
             if message.say == "refused":
-                raise TransportError(f"refused: {message.get('reason', str)}")
+                raise message.refusal()
             if message.say != "open" or message.name != name:
                 raise CodecError(f"'open' must come now, not {message.say!r:.40}")
-            incoming = self._inbox.receive(channel, message)
-            if incoming is None:
+            arrival = inbox.receive(message)
+            if arrival is None:
                 raise TransportError(f"{name} was offered and not taken")
-            found.append(Arrival(name, incoming.memory, incoming.counters))
+            return arrival
 
         with self._lock:
             self._desk.forget(name)
-            self._persist(ask, lambda: self._desk.arrived(name))
-        self._desk.collected(len(found[0].memory))
-        return found[0]
+            arrival = self._persist(ask, lambda: self._desk.arrived(name))
+        self._desk.collected(len(arrival.memory))
+        return arrival
 
     def close(self) -> None:
         """Say good-bye."""
         with self._lock:
-            if self._channel:
+            if self._connection:
                 with suppress(OSError):
-                    self._channel.send(control(Name(self._job, 0, 0), "bye"))
+                    self._connection[1].channel.send(control(Name(self._job, 0, 0), "bye"))
             self._hang_up()
             self._desk.close()
             self._workers.shutdown()
@@ -324,13 +327,12 @@ class Link:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _persist(self, work: Callable[[Channel], None], progress: Callable[[], int]) -> None:
+    def _persist(self, work: Callable[[Inbox, Outbox], T], progress: Callable[[], int]) -> T:
         """Do it over as many connections as it takes, with pauses that double while nothing gets through."""
         failed, before = 0, progress()
         while True:
             try:
-                work(self._connected())
-                return
+                return work(*self._connected())
             except ssl.SSLCertVerificationError as error:
                 raise TransportError(f"{self.address}: {error.verify_message}") from None
             except (OSError, CodecError) as error:
@@ -344,24 +346,20 @@ class Link:
                 self._hang_up()  # nobody knows what has been said
                 raise
 
-    def _connected(self) -> Channel:
-        if self._channel is None:
+    def _connected(self) -> tuple[Inbox, Outbox]:
+        if self._connection is None:
             channel = dial(self.address, self._tls, self._patience)
-            try:
-                enter(channel, self._job, self._token)
-            except BaseException:
-                channel.close()
-                raise
+            self._opened.callback(channel.close)
+            enter(channel, self._job, self._token)
             if self._blocks is None and "shared" in self._ways and channel.local:
                 self._blocks = Blocks()
-            self._channel = channel
-            self._inbox = Inbox(self._desk, self._blocks, 64 << 20, self._workers, "ucx" in self._ways)
-            self._outbox = Outbox(self._ways)
-        return self._channel
+            inbox = Inbox(channel, self._desk, self._blocks, POOL, self._workers, "ucx" in self._ways)
+            outbox = Outbox(channel, self._ways)
+            self._opened.callback(inbox.close)
+            self._opened.callback(outbox.close)
+            self._connection = inbox, outbox
+        return self._connection
 
     def _hang_up(self) -> None:
-        if self._channel:
-            self._channel.close()
-            self._channel = None
-            self._inbox.close()
-            self._outbox.close()
+        self._connection = None
+        self._opened.close()

@@ -13,14 +13,15 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 
-from hanse.transport.frames import CONTROL, HEADER, Frame
-from hanse.transport.tcp import Address, listen
+from hanse.core.errors import CodecError
+from hanse.transport.frames import CONTROL, HEADER, INLINE, Frame
+from hanse.transport.tcp import Address, connect, fill, listen
 from hanse.transport.timing import survives
 
 _SEGMENT = 1 << 16
@@ -56,7 +57,7 @@ class _Pipe:
         if ahead > 0:
             time.sleep(ahead)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Nothing more comes; returns when everything has arrived."""
         self._line.put((0.0, None))
         self._thread.join()
@@ -121,9 +122,7 @@ class Proxy:
     def _pass(self, dialer: socket.socket) -> None:
         with dialer:
             try:
-                family = socket.AF_UNIX if isinstance(self.target, str) else socket.AF_INET
-                target = socket.socket(family)
-                target.connect(self.target)
+                target = connect(self.target)
             except OSError:
                 return
             with target:
@@ -134,56 +133,45 @@ class Proxy:
                 self._open.update(pair)
                 back = threading.Thread(target=self._back, args=pair, name="hanse-proxy", daemon=True)
                 back.start()
-                self._there(dialer, target, self._cuts.pop(0) if self._cuts else None)
+                self._there(dialer, target, self._cuts.pop(0) if self._cuts else inf)
                 back.join()
                 self._open.difference_update(pair)
 
-    def _there(self, dialer: socket.socket, target: socket.socket, cut: int | None) -> None:
+    def _there(self, dialer: socket.socket, target: socket.socket, cut: float) -> None:
         """Pass on frames from the dialer, some of them damaged, until it ends or is cut."""
-        pipe, conditions, before = _Pipe(target, self.conditions), self.conditions, self.up
-        with suppress(OSError, EOFError):
-            while True:
-                if conditions.loss == 0 and cut is None:
-                    data = dialer.recv(_SEGMENT)
-                    if not data:
-                        break
+        conditions, before = self.conditions, self.up
+        with suppress(OSError, CodecError), closing(_Pipe(target, conditions)) as pipe:
+            if conditions.loss == 0 and cut == inf:
+                while data := dialer.recv(_SEGMENT):
                     self.up += len(data)
                     pipe.put(memoryview(data))
-                    continue
-                header = _exactly(dialer, HEADER.size)
+                return
+            while self.up - before < cut:
+                header = self._read(dialer, HEADER.size)
                 frame = Frame.parse(header)
-                self.up += len(header)
                 harmed = frame.flags != CONTROL and self._generator.random() >= survives(frame.length, conditions.loss)
                 flip = int(self._generator.integers(max(1, frame.length))) if harmed else -1
-                pipe.put(header, not (harmed and conditions.drop))
-                for start in range(0, frame.length, _SEGMENT):
-                    part = _exactly(dialer, min(_SEGMENT, frame.length - start))
+                arrives = not (harmed and conditions.drop)
+                pipe.put(header, arrives)
+                for start in range(0, frame.length if frame.flags in (INLINE, CONTROL) else 0, _SEGMENT):
+                    part = self._read(dialer, min(_SEGMENT, frame.length - start))
                     if start <= flip < start + len(part):
                         part[flip - start] ^= 1
-                    self.up += len(part)
-                    pipe.put(part, not (harmed and conditions.drop))
-                    if cut is not None and self.up - before >= cut:
-                        for sock in (dialer, target):
-                            sock.shutdown(socket.SHUT_RDWR)
-                        return
-        pipe.end()
+                    pipe.put(part, arrives)
+                    if self.up - before >= cut:
+                        break
+            for sock in (dialer, target):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _read(self, dialer: socket.socket, size: int) -> memoryview:
+        view = memoryview(bytearray(size))
+        fill(dialer, view)
+        self.up += size
+        return view
 
     def _back(self, dialer: socket.socket, target: socket.socket) -> None:
         """Pass on what the target answers."""
-        pipe = _Pipe(dialer, self.conditions)
-        with suppress(OSError):
+        with suppress(OSError), closing(_Pipe(dialer, self.conditions)) as pipe:
             while data := target.recv(_SEGMENT):
                 self.down += len(data)
                 pipe.put(memoryview(data))
-        pipe.end()
-
-
-def _exactly(sock: socket.socket, size: int) -> memoryview:
-    view = memoryview(bytearray(size))
-    rest = view
-    while len(rest):
-        got = sock.recv_into(rest)
-        if not got:
-            raise EOFError
-        rest = rest[got:]
-    return view

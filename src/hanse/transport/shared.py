@@ -9,15 +9,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hanse.core.errors import CodecError, TransportError
-from hanse.transport.blocks import Block, Blocks, attach
-from hanse.transport.frames import HEADER, SHARED, Frame
+from hanse.transport.blocks import Blocks, attach
+from hanse.transport.frames import HEADER, SHARED, Frame, Said
 from hanse.transport.tcp import Channel
 
 MARK = 16
+
+
+def gather(target: memoryview, parts: Sequence[memoryview]) -> None:
+    """Copy ``parts`` one after the other to the beginning of ``target``."""
+    at = 0
+    for part in parts:
+        copy(target[at : at + len(part)], part)
+        at += len(part)
 
 
 def copy(target: memoryview, source: memoryview) -> None:
@@ -37,24 +43,18 @@ class Slots:
         self.window, self.chunk = window, chunk
         self._blocks = blocks
         with self._lock:
-            self.block: Block = blocks.take(MARK + window * chunk)
-        self.mark = secrets.token_bytes(MARK)
-        self.block.memory[:MARK] = torch.frombuffer(bytearray(self.mark), dtype=torch.uint8)
-        self._view = self.block.memory.numpy().data[MARK:]
-
-    def fits(self, window: int, chunk: int) -> bool:
-        """Whether such a stream can use it."""
-        return self.window >= window and self.chunk >= chunk
-
-    def offer(self) -> dict[str, object]:
+            self.block = blocks.take(MARK + window * chunk)
+        mark = secrets.token_bytes(MARK)
+        self.offer: dict[str, object] = {"block": self.block.name, "mark": mark.hex(), "chunk": chunk}
         """What the sender has to know."""
-        return {"block": self.block.name, "mark": self.mark.hex(), "chunk": self.chunk}
+        self._view = self.block.memory.numpy().data
+        self._view[:MARK] = mark
 
     def slot(self, frame: Frame) -> memoryview:
         """Where the payload of a frame lies. Raises ``CodecError`` if there is no such slot."""
         if frame.slot >= self.window or frame.length > self.chunk:
             raise CodecError(f"{frame.length} bytes in slot {frame.slot}; there are {self.window} slots of {self.chunk} bytes")
-        start = frame.slot * self.chunk
+        start = MARK + frame.slot * self.chunk
         return self._view[start : start + frame.length]
 
     def close(self) -> None:
@@ -66,23 +66,17 @@ class Slots:
 class Writer:
     """The sender's side of a pool: one copy a byte, into the slot that is free because its last chunk has been acknowledged."""
 
-    def __init__(self, block: str, mark: str, chunk: int) -> None:
-        self.block, self.chunk = block, chunk
-        self._memory: Tensor = attach(block)
-        if self._memory[:MARK].numpy().tobytes().hex() != mark:
+    def __init__(self, offer: Said) -> None:
+        block, self._chunk = offer.get("block", str), offer.get("chunk", int)
+        self._view = attach(block).numpy().data
+        if self._view[:MARK].hex() != offer.get("mark", str):
             raise TransportError(f"{block}: not the memory of this peer")
-        self._view = self._memory.numpy().data[MARK:]
 
     def send(self, channel: Channel, frame: Frame, parts: Sequence[memoryview]) -> int:
         """Write the payload and send its header; the bytes that took on the connection."""
-        at = frame.slot * self.chunk
-        if at + frame.length > len(self._view):
-            raise TransportError(f"slot {frame.slot} of {self.chunk} bytes lies outside of the shared memory")
-        for part in parts:
-            copy(self._view[at : at + len(part)], part)
-            at += len(part)
+        if not 0 < frame.length <= self._chunk or MARK + (frame.slot + 1) * self._chunk > len(self._view):
+            raise TransportError(f"{frame.length} bytes in slot {frame.slot} of {self._chunk} lie outside of the shared memory")
+        at = MARK + frame.slot * self._chunk
+        gather(self._view[at:], parts)
         channel.send(replace(frame, flags=SHARED).pack())
         return HEADER.size
-
-    def close(self) -> None:
-        """The mapping goes with the last use of it."""

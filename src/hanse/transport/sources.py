@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hanse.core import wire
-from hanse.core.errors import TransportError
-from hanse.transport.stream import Arrived, Chunk, Plan, cut, prepared
+from hanse.core.errors import CodecError, TransportError
+from hanse.transport.stream import Chunk, Plan, cut, prepared
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def content(data: bytes | bytearray | memoryview) -> Source:
 class Ahead:
     """A thread that makes the chunks of a source, with their checksums, and waits while ``window`` are not given back.
 
-    So whatever a source makes is in memory W s bytes at a time, those in flight among them. Of chunks in ``skip`` only the digest
-    is made. ``wake`` can be read when ``take`` has something.
+    So whatever a source makes is in memory W s bytes at a time, those in flight among them. Of chunks whose bits are set in
+    ``skip`` only the digest is made. ``wake`` can be read when ``take`` has something.
     """
 
-    def __init__(self, plan: Plan, source: Source, window: int, skip: Arrived) -> None:
+    def __init__(self, plan: Plan, source: Source, window: int, skip: int) -> None:
         self._plan, self._source, self._skip = plan, source, skip
         self._credits = threading.Semaphore(window)
         self._made: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
@@ -71,7 +71,7 @@ class Ahead:
 
     def free(self, chunks: int) -> None:
         """So many that were taken are not needed any more."""
-        if chunks:
+        if chunks:  # a semaphore is not released by 0
             self._credits.release(chunks)
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Ahead:
                 if size > self._plan.size:
                     break
                 chunk = prepared(self._plan, index, parts)
-                if index in self._skip:
+                if self._skip >> index & 1:
                     chunk = replace(chunk, parts=())
                     self._credits.release()
                 index += 1
@@ -108,5 +108,7 @@ class Ahead:
                 del parts, chunk  # or one more than the window would be held while waiting
             if size != self._plan.size and not self._stopped:
                 raise TransportError(f"{self._plan.name}: the source gave {size:,} bytes and said {self._plan.size:,}")
+        except (OSError, CodecError) as error:  # from a connection these are a reason to make a new one, from a source they are not
+            self._give(TransportError(f"{self._plan.name}: the source failed: {error}"))
         except BaseException as error:
             self._give(error)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from hanse.core.errors import CodecError, ConfigError
@@ -48,6 +47,10 @@ class Plan:
         """Where a chunk lies in the stream."""
         return slice(index * self.chunk, min((index + 1) * self.chunk, self.size))
 
+    def whole(self, digests: MutableMapping[int, bytes]) -> str:
+        """The digest of the stream, of those of its chunks."""
+        return hashlib.sha256(b"".join(digests[i] for i in range(self.count))).hexdigest()
+
     def check(self) -> Plan:
         """This plan; raises ``ConfigError`` if there can be no such stream."""
         if not (0 <= self.name.job < 1 << 64 and 0 <= self.name.round < 1 << 32 and 0 <= self.name.number < 1 << 32):
@@ -55,7 +58,7 @@ class Plan:
         if self.name.number == MAGIC:
             raise ConfigError(f"stream: the number {MAGIC} is taken")
         if self.digest not in DIGESTS:
-            raise ConfigError(f"digest: {self.digest!r} is unknown; allowed: {', '.join(DIGESTS)}")
+            raise ConfigError(f"digest: {self.digest!r:.40} is unknown; allowed: {', '.join(DIGESTS)}")
         if self.size < 0 or self.chunk < 1:
             raise ConfigError(f"stream: {self.size} bytes in chunks of {self.chunk}; neither is negative, and chunks are not empty")
         if min(self.chunk, self.size) > LONGEST_CHUNK or self.count > MOST_CHUNKS:
@@ -98,104 +101,81 @@ def cut(pieces: Iterable[memoryview], chunk: int) -> Iterator[list[memoryview]]:
 def prepared(plan: Plan, index: int, parts: Sequence[memoryview]) -> Chunk:
     """Checksum and digest of a chunk."""
     crc = checksum(plan.name, index, plan.count, parts)
-    return Chunk(index, parts, crc, _digest(plan, crc, parts))
+    if plan.digest == "crc32":
+        return Chunk(index, parts, crc, crc.to_bytes(4, "little"))
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return Chunk(index, parts, crc, digest.digest())
 
 
 def verified(plan: Plan, frame: Frame, payload: memoryview) -> bytes | None:
     """What the chunk adds to the digest of the stream; None if it is damaged."""
-    if checksum(plan.name, frame.index, plan.count, [payload]) != frame.crc:
-        return None
-    return _digest(plan, frame.crc, [payload])
-
-
-def _digest(plan: Plan, crc: int, parts: Iterable[memoryview]) -> bytes:
-    if plan.digest == "crc32":
-        return crc.to_bytes(4, "little")
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
-
-
-def whole(digests: Iterable[bytes]) -> str:
-    """The digest of a stream, of those of its chunks in order."""
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    chunk = prepared(plan, frame.index, [payload])
+    return chunk.digest if chunk.crc == frame.crc else None
 
 
 class Arrived:
-    """A set of chunks: all below ``base``, and those above it whose bits are set in ``ahead``."""
+    """A set of chunks: all below ``base``, and ``base + k`` for every bit k of ``ahead``."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.base = 0
-        self._ahead = 0  # bit k: base + k
-        self._size = 0
+    def __init__(self, count: int, base: int = 0, ahead: int = 0) -> None:
+        self.count, self.base, self.ahead = count, base, ahead
 
     def __len__(self) -> int:
-        return self._size
+        return self.base + self.ahead.bit_count()
 
     def __contains__(self, index: int) -> bool:
-        return index < self.base or bool(self._ahead >> (index - self.base) & 1)
-
-    @classmethod
-    def full(cls, count: int) -> Arrived:
-        """All chunks."""
-        found = cls(count)
-        found.base = found._size = count
-        return found
-
-    def copy(self) -> Arrived:
-        """The same set, that stays as it is."""
-        found = type(self)(self.count)
-        found.base, found._ahead, found._size = self.base, self._ahead, self._size
-        return found
+        return index < self.base or bool(self.ahead >> (index - self.base) & 1)
 
     @property
     def all(self) -> bool:
         """Whether nothing is missing."""
-        return self._size == self.count
+        return self.base == self.count
+
+    @property
+    def bits(self) -> int:
+        """A bit a chunk, the first the lowest."""
+        return self.ahead << self.base | (1 << self.base) - 1
 
     def add(self, index: int) -> None:
         """Add one that is not in it."""
-        self._ahead |= 1 << (index - self.base)
-        self._size += 1
-        gone = (~self._ahead & (self._ahead + 1)).bit_length() - 1  # ones from the lowest bit up
+        self.ahead |= 1 << (index - self.base)
+        gone = _ones(self.ahead)
         self.base += gone
-        self._ahead >>= gone
+        self.ahead >>= gone
 
     def ack(self, number: int) -> Ack:
         """What of it fits into an acknowledgement."""
-        return Ack(number, self.base, self._ahead & _WORD)
+        return Ack(number, self.base, self.ahead & _WORD)
 
     def news(self, ack: Ack) -> list[int]:
         """The chunks of ``ack`` that are not in it. Raises ``CodecError`` if there are no such chunks."""
-        if ack.base + ack.bitmap.bit_length() > self.count:
-            raise CodecError(f"chunk {ack.base + max(0, ack.bitmap.bit_length() - 1)} of {self.count} is acknowledged")
-        below = [i for i in range(self.base, ack.base) if i not in self]
-        above = [ack.base + k for k in range(1, ack.bitmap.bit_length()) if ack.bitmap >> k & 1]
-        return below + [i for i in above if i not in self]
+        end = ack.base + ack.bitmap.bit_length()
+        if end > self.count:
+            raise CodecError(f"chunk {max(ack.base, end - 1)} of {self.count} is acknowledged")
+        above = [i for i in range(ack.base + 1, end) if ack.bitmap >> (i - ack.base) & 1]
+        return [i for i in (*range(self.base, ack.base), *above) if i not in self]
 
-    def pack(self) -> bytes:
-        """A bit a chunk, the first the lowest of the first byte; zlib-compressed."""
-        bits = self._ahead << self.base | (1 << self.base) - 1
-        return zlib.compress(bits.to_bytes(-(-self.count // 8), "little"), 1)
+    def pack(self) -> str:
+        """``bits``, hexadecimal."""
+        return f"{self.bits:x}"
 
     @classmethod
-    def unpack(cls, data: bytes, count: int) -> Arrived:
-        """Raises ``CodecError`` unless ``data`` tells of ``count`` chunks."""
-        size, reader = -(-count // 8), zlib.decompressobj()
+    def unpack(cls, text: str, count: int) -> Arrived:
+        """Raises ``CodecError`` unless ``text`` tells of at most ``count`` chunks."""
         try:
-            raw = reader.decompress(data, size + 1)
-        except zlib.error as error:
-            raise CodecError(f"what has arrived cannot be read: {error}") from None
-        bits = int.from_bytes(raw, "little")
-        if len(raw) != size or not reader.eof or bits.bit_length() > count:
-            raise CodecError(f"what has arrived is told in {len(raw)} bytes; {size} tell of {count} chunks")
-        found = cls(count)
-        found._size = bits.bit_count()
-        found.base = (~bits & (bits + 1)).bit_length() - 1
-        found._ahead = bits >> found.base
-        return found
+            bits = int(text, 16)
+        except ValueError:
+            raise CodecError(f"what has arrived cannot be read: {text!r:.40}") from None
+        if bits < 0 or bits.bit_length() > count:
+            raise CodecError(f"what has arrived is {text!r:.40}; there are {count} chunks")
+        base = _ones(bits)
+        return cls(count, base, bits >> base)
+
+
+def _ones(bits: int) -> int:
+    """How many, from the lowest bit up."""
+    return (~bits & (bits + 1)).bit_length() - 1
 
 
 @dataclass
@@ -259,7 +239,7 @@ class Counters:
 class _Held:
     chunk: Chunk
     slot: int
-    sent: int = 0
+    sent: bool = False
     failed: int = 0
 
 
@@ -275,10 +255,8 @@ class Sender:
         self.spent: int | None = None
         """A chunk that was lost ``tries`` times; None again after ``forgive``."""
         self._slots = list(range(window))
-        self._unsent: list[int] = []
-        self._flying: dict[int, int] = {}  # index to serial number of its last sending, oldest first
-        self._serial = 0
-        self._bytes = 0
+        self._unsent: list[int] = []  # a heap
+        self._flying: list[int] = []  # in the order in which they were sent last
         self._since = 0.0
         self._doublings = 0
 
@@ -290,28 +268,21 @@ class Sender:
     @property
     def digest(self) -> str:
         """That of the whole stream, once it is ``over``."""
-        return whole(self.digests[i] for i in range(self.plan.count))
+        return self.plan.whole(self.digests)
 
-    def resume(self, arrived: Arrived) -> list[int] | None:
-        """A connection was made whose other end has this. The chunks that it has and that were held until now, or None where it
-        lacks some that are not held any more: then the stream must be made anew, and nothing is held."""
-        missing = (
-            any(i in self.arrived and i not in arrived for i in range(arrived.base, self.plan.count)) if self.arrived else False
-        )
-        self._flying.clear()
-        self._bytes = self._doublings = 0
-        self.forgive()
+    def resume(self, arrived: Arrived) -> int | None:
+        """A connection was made whose other end has this. How many chunks need not be held any more, or None where it lacks
+        some that are not held: then the stream must be made anew, and nothing is held."""
+        lacking = self.arrived.bits & ~arrived.bits
         self.arrived = arrived
-        if missing:
-            self.held.clear()
-            self._slots = list(range(self.window))
-            self._unsent = []
-            return None
-        freed = [i for i in self.held if i in arrived]
-        for index in freed:
+        self._doublings = 0
+        self._flying.clear()
+        self.forgive()
+        done = [i for i in self.held if lacking or i in arrived]
+        for index in done:
             self._slots.append(self.held.pop(index).slot)
         self._unsent = sorted(self.held)
-        return freed
+        return None if lacking else len(done)
 
     def hold(self, chunk: Chunk) -> bool:
         """Take a chunk over; False if there was no need to, because the receiver has it."""
@@ -325,25 +296,23 @@ class Sender:
 
     def next(self, now: float) -> tuple[Frame, Sequence[memoryview]] | None:
         """The frame to be sent now, with its payload; None if there is none, until ``deadline`` or news from elsewhere."""
-        if self._flying and now >= self._since + self._timeout():
+        if self.deadline is not None and now >= self.deadline:
             self._doublings += 1
             self._since = now
-            self._lose(next(iter(self._flying)))
+            self._lose(self._flying[0])
         if not self._unsent or self._unsent[0] >= self.arrived.base + WIDEST or self.spent is not None:
             return None
         index = heapq.heappop(self._unsent)
         held, span = self.held[index], self.plan.span(index)
-        length = span.stop - span.start
-        held.sent += 1
         self._since = now
-        self._flying[index] = self._serial
-        self._serial += 1
-        self._bytes += length
+        self._flying.append(index)
         assert len(self._flying) <= self.window, "more chunks in flight than credits"
         self.counters.peak = max(self.counters.peak, len(self._flying))
         self.counters.chunks += 1
-        self.counters.resent += held.sent > 1
-        return Frame(INLINE, held.slot, self.plan.name, index, self.plan.count, length, held.chunk.crc), held.chunk.parts
+        self.counters.resent += held.sent
+        held.sent = True
+        frame = Frame(INLINE, held.slot, self.plan.name, index, self.plan.count, span.stop - span.start, held.chunk.crc)
+        return frame, held.chunk.parts
 
     def left(self, now: float) -> None:
         """The last frame is on its way, after a wait for room perhaps, which is not counted as one for an answer."""
@@ -352,7 +321,10 @@ class Sender:
     @property
     def deadline(self) -> float | None:
         """When ``next`` is to be asked again though nothing has come back; None if only something else can change anything."""
-        return self._since + self._timeout() if self._flying else None
+        if not self._flying:
+            return None
+        flying = len(self._flying) * min(self.plan.chunk, self.plan.size)
+        return self._since + self.pace.timeout(flying) * (1 << min(self._doublings, _MOST_DOUBLINGS))
 
     def acknowledged(self, ack: Ack, now: float) -> int:
         """How many chunks need not be held any more. Raises ``CodecError`` if it names chunks that were not sent."""
@@ -361,23 +333,23 @@ class Sender:
         if ack.number != self.plan.name.number:
             return 0  # of a stream before this one
         news = self.arrived.news(ack)
-        last = -1
         for index in news:
-            held = self.held.get(index)
+            held = self.held.pop(index, None)
             if held is None or not held.sent:
                 raise CodecError(f"{self.plan.name}: chunk {index} is acknowledged and was not sent")
-            last = max(last, self._land(index))
             self.arrived.add(index)
-            self._slots.append(self.held.pop(index).slot)
+            self._slots.append(held.slot)
         if news:
             self._since, self._doublings = now, 0
-            self._unsent = [i for i in self._unsent if i not in self.arrived]
-            heapq.heapify(self._unsent)
-            for index in [i for i, serial in self._flying.items() if serial < last]:
+            self._unsent = sorted(set(self._unsent).difference(news))
+            last = max((place for place, index in enumerate(self._flying) if index in news), default=0)
+            overtaken = [index for index in self._flying[:last] if index not in news]
+            self._flying = [index for index in self._flying if index not in news]
+            for index in overtaken:
                 self._lose(index)
         if ack.damaged and self._flying:
             self._since = now
-            self._lose(next(iter(self._flying)))  # the oldest: answers come in the order of the chunks
+            self._lose(self._flying[0])  # the oldest: answers come in the order of the chunks
         return len(news)
 
     def forgive(self) -> None:
@@ -386,18 +358,8 @@ class Sender:
         for held in self.held.values():
             held.failed = 0
 
-    def _timeout(self) -> float:
-        return self.pace.timeout(self._bytes) * float(1 << min(self._doublings, _MOST_DOUBLINGS))
-
-    def _land(self, index: int) -> int:
-        serial = self._flying.pop(index, -1)
-        if serial >= 0:
-            span = self.plan.span(index)
-            self._bytes -= span.stop - span.start
-        return serial
-
     def _lose(self, index: int) -> None:
-        self._land(index)
+        self._flying.remove(index)
         held = self.held[index]
         held.failed += 1
         if held.failed >= self.tries:
@@ -406,17 +368,19 @@ class Sender:
 
 
 class Receiver:
-    """The receiving end, over the ``memory`` of the whole stream. ``digests`` of chunks that lie there already."""
+    """The receiving end, over the ``memory`` of the whole stream.
 
-    def __init__(self, plan: Plan, memory: memoryview, digests: dict[int, bytes] | None = None) -> None:
+    ``digests``: those of chunks that lie there already; what a chunk adds is put there before it is acknowledged.
+    """
+
+    def __init__(self, plan: Plan, memory: memoryview, digests: MutableMapping[int, bytes] | None = None) -> None:
         self.plan, self.memory = plan, memory
+        self.digests = {} if digests is None else digests
         self.arrived = Arrived(plan.count)
-        self.digests: dict[int, bytes] = {}
         self.counters = Counters()
         self._landing: set[int] = set()
-        for index, digest in (digests or {}).items():
+        for index in self.digests:
             self.arrived.add(index)
-            self.digests[index] = digest
 
     def place(self, frame: Frame) -> memoryview | None:
         """Where a payload goes, ``settle`` to follow; None if it is not needed. Raises ``CodecError`` on a foreign frame."""
@@ -442,8 +406,8 @@ class Receiver:
             self.counters.damaged += 1
             ack = self.ack()
             return ack._replace(bitmap=ack.bitmap | 1)
-        self.arrived.add(frame.index)
         self.digests[frame.index] = digest
+        self.arrived.add(frame.index)
         return self.ack()
 
     def ack(self) -> Ack:
@@ -458,7 +422,7 @@ class Receiver:
     @property
     def digest(self) -> str:
         """That of the whole stream, once everything has arrived."""
-        return whole(self.digests[i] for i in range(self.plan.count))
+        return self.plan.whole(self.digests)
 
     def void(self) -> None:
         """Nothing that has arrived counts."""

@@ -22,6 +22,16 @@ class GoneError(ConnectionResetError):
     """The other end has closed the connection, and not in the middle of something."""
 
 
+def fill(sock: socket.socket, view: memoryview) -> None:
+    """Receive exactly as much as ``view`` holds."""
+    size = len(view)
+    while len(view):
+        got = sock.recv_into(view)
+        if not got:
+            raise (GoneError if len(view) == size else ConnectionResetError)("the connection was closed")
+        view = view[got:]
+
+
 class Channel:
     """A connection. Everything raises ``OSError`` when it is gone or has stood still for ``patience`` seconds.
 
@@ -70,13 +80,8 @@ class Channel:
 
     def fill(self, view: memoryview) -> None:
         """Receive exactly as much as ``view`` holds."""
-        size = len(view)
-        self.received += size
-        while len(view):
-            got = self._sock.recv_into(view)
-            if not got:
-                raise (GoneError if len(view) == size else ConnectionResetError)("the connection was closed")
-            view = view[got:]
+        self.received += len(view)
+        fill(self._sock, view)
 
     def ready(self, seconds: float | None = 0.0, wake: int | None = None) -> bool:
         """Wait until something can be received; whether it can. ``wake``: a descriptor that ends the wait when it can be read."""
@@ -120,26 +125,33 @@ class Channel:
     def abort(self) -> None:
         """Cut the connection; whoever waits in another thread gets an error."""
         with suppress(OSError):  # it is cut already
-            self._sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own would go on without TLS
 
     def close(self) -> None:
         """Let go of the connection."""
         self._sock.close()
 
 
+def connect(address: Address, patience: float | None = None) -> socket.socket:
+    """A socket that is connected to a listener. Raises ``OSError``; ``TransportError`` where there can be no such address."""
+    if not isinstance(address, str):
+        if address[1] >= 1 << 16:  # or it would be another port
+            raise TransportError(f"address: {address}: port must be 0 to 65535")
+        return socket.create_connection(address, patience)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(patience)
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def dial(address: Address, tls: ssl.SSLContext | None = None, patience: float = 30.0) -> Channel:
-    """Connect to a listener. Raises ``OSError``."""
-    if isinstance(address, str):
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(patience)
-            sock.connect(address)
-        except OSError:
-            sock.close()
-            raise
-        return Channel(sock, patience)
-    sock = socket.create_connection(address, patience)
-    if tls is not None:
+    """Connect to a listener. Raises as ``connect`` does."""
+    sock = connect(address, patience)
+    if tls is not None and not isinstance(address, str):
         sock = tls.wrap_socket(sock, server_hostname=address[0])
     return Channel(sock, patience)
 
@@ -152,19 +164,13 @@ def listen(address: Address) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
-        raise TransportError(f"address: cannot listen at {address}: {error.strerror}") from None
+        raise TransportError(f"address: cannot listen at {address}: {error}") from None
     return sock
 
 
-class Inline:
-    """Payloads go where headers go."""
-
-    def send(self, channel: Channel, frame: Frame, parts: Sequence[memoryview]) -> int:
-        """Send a frame; the bytes that took on the connection."""
-        channel.send(frame.pack(), *parts)
-        return HEADER.size + frame.length
-
-    def close(self) -> None:
-        """Nothing is held."""
+def inline(channel: Channel, frame: Frame, parts: Sequence[memoryview]) -> int:
+    """Send a frame and its payload where headers go; the bytes that took on the connection."""
+    channel.send(frame.pack(), *parts)
+    return HEADER.size + frame.length

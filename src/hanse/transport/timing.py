@@ -10,23 +10,6 @@ from __future__ import annotations
 import math
 
 
-def chunks(size: float, chunk: float) -> int:
-    """C = ceil(N / s)."""
-    return math.ceil(size / chunk)
-
-
-def stop_and_wait(size: float, chunk: float, bandwidth: float, rtt: float, cost: float = 0.0) -> float:
-    """Seconds with one chunk in flight: C (h + RTT + s / B)."""
-    return chunks(size, chunk) * (cost + rtt + min(chunk, size) / bandwidth)
-
-
-def windowed(size: float, chunk: float, bandwidth: float, rtt: float, window: int, cost: float = 0.0) -> float:
-    """Seconds with at most ``window`` in flight: RTT + C max(h + s/B, (h + RTT + s/B) / W), never more than with one."""
-    own = cost + min(chunk, size) / bandwidth
-    paced = rtt + chunks(size, chunk) * max(own, (own + rtt) / window)
-    return min(paced, stop_and_wait(size, chunk, bandwidth, rtt, cost))
-
-
 def fills(chunk: float, bandwidth: float, rtt: float, window: int) -> bool:
     """Whether the window covers the bandwidth-delay product: W s >= B RTT."""
     return window * chunk >= bandwidth * rtt
@@ -37,13 +20,14 @@ def survives(chunk: float, loss: float) -> float:
     return math.exp(chunk * math.log1p(-loss))
 
 
-def repaired(size: float, chunk: float, bandwidth: float, rtt: float, window: int, loss: float, cost: float = 0.0) -> float:
-    """Expected seconds where a lost chunk is sent again: ``windowed``, with C / (1 - q)^s chunks sent.
+def repaired(size: float, chunk: float, bandwidth: float, rtt: float, window: int, loss: float = 0.0, cost: float = 0.0) -> float:
+    """Expected seconds with at most ``window`` in flight, where a lost chunk is sent again.
 
-    Losses are found at no cost in time, which holds while other chunks are in flight.
+    RTT + C max(h + s/B, (h + RTT + s/B) / W) with C = ceil(N / s) / (1 - q)^s, and never more than one at a time takes,
+    C (h + RTT + s / B). Losses are found at no cost in time, which holds while other chunks are in flight.
     """
     own = cost + min(chunk, size) / bandwidth
-    sent = chunks(size, chunk) / survives(min(chunk, size), loss)
+    sent = math.ceil(size / chunk) / survives(min(chunk, size), loss)
     return min(rtt + sent * max(own, (own + rtt) / window), sent * (own + rtt))
 
 
@@ -53,19 +37,10 @@ def one_shot(size: float, bandwidth: float, rtt: float, loss: float = 0.0, timeo
     return (cost + rtt + size / bandwidth) + (1 / arrives - 1) * (cost + size / bandwidth + timeout)
 
 
-def seconds_per_byte(chunk: float, bandwidth: float, loss: float, cost: float) -> float:
-    """f(s) = (h/s + 1/B) exp(q s): time per byte on a full link with whole-chunk repair."""
-    return (cost / chunk + 1 / bandwidth) * math.exp(loss * chunk)
-
-
 def best_chunk(bandwidth: float, loss: float, cost: float) -> float:
-    """s* = (B/2) (sqrt(h^2 + 4 h / (q B)) - h), where ``seconds_per_byte`` is least; infinite without loss."""
+    """s* = (B/2) (sqrt(h^2 + 4 h / (q B)) - h), where f(s) = (h/s + 1/B) exp(q s) is least, the time per byte on a full
+    link with repair of chunks; infinite without loss."""
     if loss <= 0:
         return math.inf
     # The same without the difference of two near numbers that a small h would leave.
     return 2 * cost / loss / (math.sqrt(cost * cost + 4 * cost / (loss * bandwidth)) + cost) if cost > 0 else 0.0
-
-
-def overlapped(prepare: float, wire: float, count: int) -> float:
-    """Seconds where chunk i + 1 is prepared while chunk i travels: max(T_prepare, T_wire) and one chunk of the other."""
-    return max(prepare, wire) + min(prepare, wire) / max(1, count)

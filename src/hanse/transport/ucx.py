@@ -9,26 +9,27 @@ It was run over these two, never over RDMA.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hanse.core.errors import MissingExtraError, TransportError
-from hanse.transport.frames import HEADER, UCX, Frame
-from hanse.transport.shared import copy
-from hanse.transport.tcp import Channel, Inline
+from hanse.transport.frames import HEADER, UCX, Frame, Said
+from hanse.transport.shared import copy, gather
+from hanse.transport.tcp import Channel, inline
 
 DEVICES = Path("/sys/class/infiniband")
 MARK = 16
 _PATIENCE = 10.0
 _TAGS = 1 << 16
+_MOST_LOST = 64
 
 
 def devices() -> list[str]:
@@ -52,21 +53,14 @@ class _Node:
     def __init__(self) -> None:
         require()
         self._loop = asyncio.new_event_loop()
-        self._marked: dict[bytes, Future[Any]] = {}
+        self.marked: dict[bytes, Future[Any]] = {}
+        """The endpoints that are waited for, by what they will say."""
         threading.Thread(target=self._loop.run_forever, name="hanse-ucx", daemon=True).start()
         self.listener = self.submit(self._listen()).result(_PATIENCE)
 
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Have the loop do something."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def expect(self, mark: bytes) -> Future[Any]:
-        """The endpoint that will say this mark."""
-        return self._marked.setdefault(mark, Future())
-
-    def forget(self, mark: bytes) -> None:
-        """It is not waited for any more."""
-        self._marked.pop(mark, None)
 
     async def _listen(self) -> Any:
         import ucxx
@@ -75,9 +69,9 @@ class _Node:
 
     async def _accept(self, endpoint: Any) -> None:
         mark = bytearray(MARK)
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             await asyncio.wait_for(endpoint.recv(mark, tag=0, force_tag=True), _PATIENCE)
-            waiting = self._marked.get(bytes(mark))
+            waiting = self.marked.get(bytes(mark))
             if waiting is not None and not waiting.done():
                 waiting.set_result(endpoint)
                 return
@@ -92,7 +86,8 @@ def _node() -> _Node:
 class Sender:
     """The sender's endpoint. What it cannot send any more goes over the connection."""
 
-    def __init__(self, host: str, port: int, mark: str) -> None:
+    def __init__(self, host: str, offer: Said) -> None:
+        port, mark = offer.get("port", int), offer.get("mark", str)
         self._node = _node()
         try:
             self._endpoint = self._node.submit(self._connect(host, port, bytes.fromhex(mark))).result(_PATIENCE)
@@ -108,28 +103,23 @@ class Sender:
         for tag in [t for t, future in self._flying.items() if future.done()]:
             self._broken |= self._flying.pop(tag).exception() is not None
         if self._broken:
-            return Inline().send(channel, frame, parts)
+            return inline(channel, frame, parts)
         self._tag = self._tag % (_TAGS - 1) + 1
-        payload = parts[0] if len(parts) == 1 else self._gathered(frame, parts)
+        payload = parts[0]
+        if len(parts) > 1:  # in one piece, in memory that is the slot's and registered once
+            staged = self._staged.get(frame.slot, b"")
+            if len(staged) < frame.length:
+                staged = self._staged[frame.slot] = bytearray(frame.length)
+            payload = memoryview(staged)[: frame.length]
+            gather(payload, parts)
         channel.send(replace(frame, flags=UCX, slot=self._tag).pack())
         self._flying[self._tag] = self._node.submit(self._endpoint.send(payload, tag=self._tag))
         return HEADER.size
 
     def close(self) -> None:
         """Close the endpoint."""
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             self._node.submit(self._endpoint.close()).result(_PATIENCE)
-
-    def _gathered(self, frame: Frame, parts: Sequence[memoryview]) -> memoryview:
-        """The payload in one piece, in memory that is the slot's and registered once."""
-        staged = self._staged.get(frame.slot)
-        if staged is None or len(staged) < frame.length:
-            staged = self._staged[frame.slot] = bytearray(frame.length)
-        view, at = memoryview(staged)[: frame.length], 0
-        for part in parts:
-            copy(view[at : at + len(part)], part)
-            at += len(part)
-        return view
 
     @staticmethod
     async def _connect(host: str, port: int, mark: bytes) -> Any:
@@ -141,23 +131,24 @@ class Sender:
 
 
 class Receiver:
-    """The receiver's endpoint, which the sender makes when it is told where."""
+    """The receiver's endpoint, which the sender makes when it is told where: by ``offer``."""
 
     def __init__(self) -> None:
         self._node = _node()
         self._mark = secrets.token_bytes(MARK)
-        self._endpoint = self._node.expect(self._mark)
+        self._endpoint = self._node.marked[self._mark] = Future()
+        self.offer: dict[str, object] = {"port": self._node.listener.port, "mark": self._mark.hex()}
         self._spare: list[bytearray] = []
-
-    def offer(self) -> dict[str, object]:
-        """What the sender has to know."""
-        return {"port": self._node.listener.port, "mark": self._mark.hex()}
+        self._lost = 0
 
     def fetch(self, frame: Frame, target: memoryview, patience: float) -> Callable[[], None]:
         """Have the payload of a frame received; what is returned waits for it and copies it into ``target``.
 
-        It raises ``ConnectionError`` if nothing comes. The buffer is then never used again, because something still may.
+        It raises ``ConnectionError`` if nothing comes. The buffer is then never used again, because something still may; so this
+        raises ``ConnectionError`` too when that has happened too often.
         """
+        if self._lost >= _MOST_LOST:
+            raise ConnectionAbortedError(f"ucx: {self._lost} payloads did not come")
         endpoint = self._endpoint.result(patience)
         buffer = self._spare.pop() if self._spare else bytearray()
         if len(buffer) < frame.length:
@@ -169,6 +160,7 @@ class Receiver:
             try:
                 received.result(min(patience, _PATIENCE))
             except Exception as error:
+                self._lost += 1
                 raise ConnectionResetError(f"ucx: {error or type(error).__name__}") from None
             copy(target, view)
             self._spare.append(buffer)
@@ -177,7 +169,7 @@ class Receiver:
 
     def close(self) -> None:
         """Close the endpoint."""
-        self._node.forget(self._mark)
+        self._node.marked.pop(self._mark, None)
         if self._endpoint.done():
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 self._node.submit(self._endpoint.result().close()).result(_PATIENCE)
