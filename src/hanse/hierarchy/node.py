@@ -48,13 +48,6 @@ class Worker:
         with suppress(ConnectionError):
             self.control.sendall(b"".join(event.pack() for event in events))
 
-    def close(self) -> None:
-        """Forget a process that ends."""
-        self.control.close()
-        self.data.close()
-        self.process.wait()
-        self.node.workers.remove(self)
-
 
 @dataclass(eq=False)
 class Node:

@@ -167,7 +167,7 @@ class Aggregation:
             node.arrived, node.done, node.busy = 0, 0, 0.0
             if node.queue is not None and node.number in assigned:
                 planned = min(self.workers, plan.leaves(node.queue, self.fan_in))
-                for _ in range(plan.difference(planned, len(node.workers))):
+                for _ in range(planned - len(node.workers)):  # those that are too many end by themselves
                     self._start(node)
         self._round = Round(self, assigned, order, deadline)
         return self._round
@@ -307,11 +307,13 @@ class Aggregation:
             raise TransportError(f"aggregators: {task.attempts} have ended over the same task, the last with {status}")
 
     def _forget(self, worker: Worker) -> None:
-        """An aggregator ends."""
         with suppress(KeyError):
             self._selector.unregister(worker.data)
         self._selector.unregister(worker.control)
-        worker.close()
+        worker.control.close()
+        worker.data.close()
+        worker.process.wait()
+        worker.node.workers.remove(worker)
         self.counters.node_seconds += time.monotonic() - worker.born
 
     def _end(self, workers: Sequence[Worker]) -> None:
