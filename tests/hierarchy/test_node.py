@@ -57,11 +57,11 @@ def test_what_kills_every_aggregator_ends_the_round_and_not_the_service(monkeypa
             ("/bin/false", "3 have ended over the same task, the last with 1"),
             ("/nowhere", "/nowhere cannot be"),
         ):
+            round = service.round(4)
             (pid,) = service.aggregators
             os.kill(pid, signal.SIGKILL)
             with monkeypatch.context() as patched:
                 patched.setattr(sys, "executable", program)
-                round = service.round(4)
                 with pytest.raises(TransportError, match=error):
                     for row in x:
                         round.put(row)
