@@ -50,29 +50,31 @@ def ends() -> Iterator[Ends]:
 
 
 def test_it_adds_on_arrival_and_answers_after_the_last(ends: Ends) -> None:
-    ends.aggregator.take([Event(START, 0, 0, 9, 3), Event(INPUT, 0, 1, weight=2)])
+    ends.aggregator.take([Event(START, 0, 0, 9), Event(INPUT, 0, 1, weight=2)])
     assert bool((ends.view(0) == 1).all())  # the first is there before the second has come
     ends.aggregator.take([Event(INPUT, 0, 2, weight=2)])
     assert bool((ends.view(0) == 3).all())
-    ends.aggregator.take([Event(INPUT, 0, 4, weight=1)])
+    ends.aggregator.take([Event(INPUT, 0, 4, weight=1), Event(CLOSE)])
     done = ends.answer()
     assert (done.kind, done.block, done.weight) == (DONE, 0, 5)
     assert np.allclose(ends.view(0), (2 * 1 + 2 * 2 + 4) / 5)
 
 
 def test_closed_early_it_gives_the_mean_of_what_there_is(ends: Ends) -> None:
-    ends.aggregator.take([Event(START, 0, 0, 0, 10), Event(INPUT, 0, 1, weight=1), Event(INPUT, 0, 3, weight=3), Event(CLOSE)])
+    ends.aggregator.take([Event(START, 0, 0), Event(INPUT, 0, 1, weight=1), Event(INPUT, 0, 3, weight=3), Event(CLOSE)])
     assert ends.answer().weight == 4 and np.allclose(ends.view(0), 2.5)
 
 
 def test_several_means_at_once_and_nothing_left_of_the_last(ends: Ends) -> None:
     ends.aggregator.take(
         [
-            Event(START, 0, 0, 0, 1),
+            Event(START, 0, 0),
             Event(INPUT, 0, 4, weight=2),
-            Event(START, 0, 1, 0, 2),
+            Event(CLOSE),
+            Event(START, 0, 1),
             Event(INPUT, 0, 2, weight=1),
             Event(INPUT, 0, 3, weight=1),
+            Event(CLOSE),
         ]
     )
     assert [ends.answer().weight, ends.answer().weight] == [2, 2]
@@ -87,7 +89,7 @@ def test_a_block_is_sent_as_it_lies(ends: Ends) -> None:
 def test_events_in_pieces_and_the_end(ends: Ends) -> None:
     worker = threading.Thread(target=serve, args=(*ends.theirs, 60.0, [ends.shelf]))
     worker.start()
-    text = Event(START, 0, 0, 0, 1).pack() + Event(INPUT, 0, 2, weight=1).pack()
+    text = Event(START, 0, 0).pack() + Event(INPUT, 0, 2, weight=1).pack() + Event(CLOSE).pack()
     for cut in (text[:5], text[5:30], text[30:]):
         ends.control.sendall(cut)
     assert ends.answer().weight == 1

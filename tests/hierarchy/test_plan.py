@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hanse.hierarchy.plan import OUT, Role, best_fit, choose, difference, leaves, round_robin, smoothed, top, transfers, tree
+from hanse.hierarchy.plan import OUT, Role, best_fit, choose, leaves, round_robin, smoothed, top, transfers, tree
 
 loads = st.lists(st.tuples(st.integers(0, 20), st.floats(0, 25)), min_size=1, max_size=8)
 
@@ -63,10 +63,6 @@ def test_a_tree_takes_every_update_once_and_ends_in_one_result(updates: int, fan
 def test_the_queue_estimate_starts_with_the_first_measurement() -> None:
     assert smoothed(None, 10, 0.5) == 5
     assert smoothed(5, 20, 0.5) == pytest.approx(0.7 * 10 + 0.3 * 5)
-
-
-def test_only_the_difference_is_started() -> None:
-    assert [difference(4, warm) for warm in (0, 3, 4, 9)] == [4, 1, 0, 0]
 
 
 def test_an_idle_aggregator_is_taken_and_promoted_rather_than_a_new_one_started() -> None:

@@ -61,7 +61,7 @@ def server(folder: Path, names: Sequence[str], days: float, now: datetime) -> No
     if not names:
         raise ConfigError("names: [] is not allowed: a server's certificate is for at least one name or address")
     ca, ca_key = certificate(folder / "ca.pem"), private(folder / "ca.key")
-    _in_time(ca, folder / "ca.pem", now)
+    in_time(ca, folder / "ca.pem", now)
     _fits(ca, ca_key, folder / "ca.pem", folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hanse server")])
@@ -94,7 +94,7 @@ def check_server(folder: Path, names: Sequence[str], now: datetime) -> datetime:
     """
     ca, mine = certificate(folder / "ca.pem"), certificate(folder / "server.pem")
     for made, file in ((ca, folder / "ca.pem"), (mine, folder / "server.pem")):
-        _in_time(made, file, now)
+        in_time(made, file, now)
     try:
         mine.verify_directly_issued_by(ca)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
@@ -180,7 +180,8 @@ def _named(name: str) -> x509.GeneralName:
         raise ConfigError(f"names: {name!r} is not allowed: a host name in plain letters, or an IP address") from None
 
 
-def _in_time(made: x509.Certificate, file: Path, now: datetime) -> None:
+def in_time(made: x509.Certificate, file: Path, now: datetime) -> None:
+    """Raise ``ConfigError`` unless a certificate, that of ``file``, is valid ``now``."""
     if now > made.not_valid_after_utc:
         raise ConfigError(f"{file}: expired on {made.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     if now < made.not_valid_before_utc:

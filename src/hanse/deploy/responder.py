@@ -56,9 +56,12 @@ class Responder(ThreadingHTTPServer):
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             self.context.load_cert_chain(own / "server.pem", own / "server.key")
+        except OSError as error:  # TLS's own errors are of this kind
+            raise ConfigError(f"{own / 'server.pem'} and server.key: not a certificate and its key: {error.strerror}") from None
+        try:
             super().__init__((host, port), Answers)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"listen: {host}:{port} is not allowed: {error.strerror or error}") from None
+        except OSError as error:
+            raise ConfigError(f"listen: {host}:{port} is not allowed: {error.strerror}") from None
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Greet in the connection's own thread: who connects and says nothing holds up nobody else."""
@@ -66,7 +69,7 @@ class Responder(ThreadingHTTPServer):
         try:
             with self.context.wrap_socket(request, server_side=True) as secure:
                 super().finish_request(secure, client_address)
-        except (OSError, ssl.SSLError):
+        except OSError:
             pass  # it went away, or speaks no TLS
 
 

@@ -9,7 +9,6 @@ Started by the service as ``python -m hanse.hierarchy.aggregator CONTROL DATA ID
 
 from __future__ import annotations
 
-import signal
 import socket
 import sys
 import time
@@ -25,28 +24,27 @@ class Aggregator:
     def __init__(self, control: socket.socket, data: socket.socket, shelves: Sequence[Shelf]) -> None:
         self.control, self.data, self.shelves = control, data, shelves
         self.partial: Partial | None = None
-        self._out = Event(Kind.DONE)
-        self._expected = self._seen = self._busy = 0
+        self._out, self._busy = Event(Kind.DONE), 0
         self._updates: list[Vector] = []
         self._weights: list[float] = []
 
     def take(self, events: Sequence[Event]) -> None:
         """Do what ``events`` ask for."""
         for event in events:
-            if event.kind is Kind.FORGET:
-                self.shelves[event.shelf].forget(event.block)
-            elif event.kind is Kind.SEND:
-                self.data.sendall(memoryview(self.shelves[event.shelf].view(event.block)))  # type: ignore[arg-type]
-            elif event.kind is Kind.START:
-                self.partial = Partial(self.shelves[event.shelf].view(event.block))
-                self._out, self._expected, self._seen, self._busy = event, int(event.weight), 0, 0
-            else:
-                if event.kind is Kind.INPUT:
-                    self._updates.append(self.shelves[event.shelf].view(event.block))
+            shelf = self.shelves[event.shelf]
+            match event.kind:
+                case Kind.START:
+                    self.partial = Partial(shelf.view(event.block))
+                    self._out, self._busy = event, 0
+                case Kind.INPUT:
+                    self._updates.append(shelf.view(event.block))
                     self._weights.append(event.weight)
-                    self._seen += 1
-                if event.kind is Kind.CLOSE or self._seen == self._expected:
+                case Kind.CLOSE:
                     self._add(last=True)
+                case Kind.SEND:
+                    self.data.sendall(memoryview(shelf.view(event.block)))  # type: ignore[arg-type]
+                case Kind.FORGET:
+                    shelf.forget(event.block)
         if self._updates:
             self._add(last=False)
 
@@ -84,7 +82,6 @@ def serve(control: socket.socket, data: socket.socket, idle: float, shelves: Seq
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then ends this one
     control, data, idle, size, *pairs = sys.argv[1:]
     serve(
         socket.socket(fileno=int(control)),

@@ -26,7 +26,7 @@ class Kind(IntEnum):
     """What an event asks for or tells."""
 
     START = 0
-    """Begin a mean in this block; the weight is the number of inputs that will come."""
+    """Begin a mean in this block."""
     INPUT = 1
     """Add this block with this weight."""
     CLOSE = 2

@@ -94,11 +94,6 @@ def tree(updates: int, fan_in: int, lanes: int) -> tuple[list[Step], list[tuple[
     return steps, places
 
 
-def difference(planned: int, warm: int) -> int:
-    """How many aggregators to start; those that are too many end by themselves when they have been idle for long."""
-    return max(0, planned - warm)
-
-
 def choose(idle: Sequence[Role], role: Role) -> int | None:
     """Which of the idle aggregators takes a task: one of the same role, else the nearest below, which is promoted, else any."""
     if not idle:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hanse.core.errors import TransportError
+from hanse.hierarchy.events import Event, Kind
 from hanse.transport.blocks import Block, Blocks
 
 UPDATES, RESULTS = 0, 1
@@ -41,6 +42,10 @@ class Stored:
     def place(self) -> int:
         """The number of its block on its shelf."""
         return int(Path(self.block.name).name)
+
+    def event(self, kind: Kind) -> Event:
+        """What an aggregator is told of it."""
+        return Event(kind, self.shelf, self.place, self.number, self.weight)
 
     def release(self) -> None:
         """One less needs it; after the last its memory is lent again."""
