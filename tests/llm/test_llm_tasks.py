@@ -17,6 +17,7 @@ from tiny import folder
 import hanse as hs
 from hanse.core.errors import ConfigError, DataError
 from hanse.core.streams import Streams
+from hanse.core.wire import wire_size
 from hanse.data import Task
 from hanse.engines import Engine
 from hanse.llm import alpaca, commands, instruct, lora, prompt
@@ -56,7 +57,7 @@ def test_every_client_has_a_category() -> None:
 
 
 ROUND: list[tuple[Method, Schedule, str]] = [
-    (hs.methods.FedAvg(steps=1, batch=2), hs.schedules.synchronous(cohort=4), "dense"),
+    (hs.methods.FedAvg(steps=1, batch=2), hs.schedules.synchronous(cohort=4), "identity"),
     (hs.methods.FedProx(steps=1, batch=2, local="adamw"), hs.schedules.synchronous(cohort=4), "topk(0.1) | uniform(8)"),
     (hs.methods.Scaffold(steps=1, batch=2), hs.schedules.synchronous(cohort=4), "feedback(topk(0.25))"),
     (hs.methods.FedAvg(steps=1, batch=2), hs.schedules.fedbuff(buffer=2, cohort=4), "uniform(4)"),
@@ -72,8 +73,10 @@ def test_rules_schedules_and_codecs_apply(rule: Method, schedule: Schedule, code
     )
     assert len(run.history) == 2 and run.history[-1]["metrics"]["test_loss"] > 0
     assert all(torch.equal(t, before[n]) for n, t in fed.problem.fixed.items())
-    sent = sum(len(record["cohort"]) for record in run.history) * fed.problem.layout.size * 4
-    assert run.history[-1]["bytes_up"] == sent if codec == "dense" and rule.short_name == "FedAvg" else True
+    if codec == "identity" and rule.short_name == "FedAvg":  # adapters alone, each way
+        once = wire_size({"x": fed.problem.start})
+        assert fed.problem.layout.size * 4 < once < fed.problem.layout.size * 4 + 100
+        assert run.history[-1]["bytes_down"] == once * sum(len(record["cohort"]) for record in run.history)
     assert len(run.answers) == 8 and {*run.answers[0]} == {"asked", "expected", "before", "after"}
 
 
@@ -90,7 +93,7 @@ def test_batched_clients_equal_clients_one_by_one() -> None:
 def test_other_processes_come_to_the_same_bits() -> None:
     rule, schedule = hs.methods.FedAvg(steps=1, batch=2), hs.schedules.synchronous(cohort=4)
     how = "path='vmap', chunk=2, threads=1"
-    engines = (f"local({how}, workers=1, shards=2)", f"processes({how}, workers=2)")
+    engines = (f"local({how}, workers=2)", f"processes({how}, workers=2)")
     one, other = (hs.run(federation(), rule, schedule, rounds=2, engine=Engine.parse(engine)) for engine in engines)
     assert one.history == other.history
     assert all(torch.equal(t, other.weights[n]) for n, t in one.weights.items())
@@ -122,7 +125,7 @@ def test_instructions_are_read_from_files(tmp_path: Path) -> None:
     assert torch.equal(data.x, other.x) and torch.equal(data.y, other.y)
     named = instruct(path=path, test=path, base=folder(), length=LONG, **columns).data(Streams(0))
     assert len(named.x) == len(named.test_x) == 20
-    assert Task.parse(f"instruct({path!r})") == instruct(path=path)
+    assert Task.parse(f"instruct({path!r}, context=None)") == instruct(path=path, context=None)
 
 
 WRONG: list[tuple[list[dict[str, object]], str]] = [

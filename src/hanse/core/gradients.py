@@ -378,8 +378,21 @@ def paths(problem: Problem, bf16: bool = False) -> dict[str, GradientPath]:
     """Every path that computes this problem's gradients exactly, by name."""
     coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in problem.model.modules())
     found: dict[str, GradientPath] = {"loop": Loop(problem, bf16)}
-    if not coupled:
+    if not coupled and vectorises(problem):
         found["vmap"] = Vmap(problem, bf16)
     if not bf16 and linear_chain(problem):
         found["stacked"] = Stacked(problem)
     return found
+
+
+def vectorises(problem: Problem) -> bool:
+    """Whether ``torch.vmap`` can run the model; it cannot where what is computed depends on the values of inputs."""
+    if problem.sample is None:
+        return True
+    try:
+        problem.outputs(
+            problem.start.expand(2, -1), problem.start_buffers.expand(2, -1), problem.sample.expand(2, *problem.sample.shape)
+        )
+    except RuntimeError:
+        return False
+    return True

@@ -6,7 +6,7 @@ so that every rule, schedule, codec and engine applies. Needs the extra ``llm``,
 before it is used.
 """
 
-from hanse.llm.tasks import commands, instruct
+from hanse.llm.tasks import classify, commands, instruct
 from hanse.llm.templates import Template, alpaca, chatml, own
 from hanse.llm.tuning import Tuning, bias, full, ia3, last, lora, prefix, prompt, ptuning
 
@@ -16,6 +16,7 @@ __all__ = [
     "alpaca",
     "bias",
     "chatml",
+    "classify",
     "commands",
     "full",
     "ia3",

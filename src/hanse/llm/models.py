@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hanse.core.errors import ConfigError, MissingExtraError
@@ -25,18 +26,28 @@ def transformers() -> Any:
     return transformers
 
 
+ATTENTION = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+"""What configurations call the share of attention weights that is dropped."""
+
+
 def load(path: str, kind: Kind, classes: int = 0) -> Any:
     """A model by ``from_pretrained``: a decoder, an encoder with a new head for ``classes`` classes, or both in one.
 
-    Raises ``ConfigError`` where there is none, or none of this kind.
+    Attention drops nothing, because its masks would not follow the run's seed. Raises ``ConfigError`` where there is no model, or
+    none of this kind.
     """
     made = transformers()
     try:
+        config = made.AutoConfig.from_pretrained(path)
+        for name in ATTENTION:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
         if kind == "decoder":
-            return made.AutoModelForCausalLM.from_pretrained(path)
+            return made.AutoModelForCausalLM.from_pretrained(path, config=config)
         if kind == "encoder":
-            return made.AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes)
-        return made.AutoModelForSeq2SeqLM.from_pretrained(path)
+            config.num_labels = classes
+            return made.AutoModelForSequenceClassification.from_pretrained(path, config=config)
+        return made.AutoModelForSeq2SeqLM.from_pretrained(path, config=config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {path!r} cannot be loaded as {kind}: {str(error).splitlines()[0]}") from None
 
@@ -111,7 +122,15 @@ class Classifier(nn.Module):
     def __init__(self, inner: nn.Module, pad: int) -> None:
         super().__init__()
         self.inner, self.pad = inner, pad
+        tuned = getattr(inner, "active_peft_config", None)
+        self.virtual = bool(getattr(tuned, "is_prompt_learning", False))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.inner(input_ids=x, attention_mask=(x != self.pad).long()).logits
+        real = x != self.pad
+        if self.virtual:  # peft puts its own in front of a mask a token
+            mask = real.long()
+        else:  # one a pair of tokens is taken as it is; it is made of one a token after a look at its values, which vmap forbids
+            mask = torch.zeros_like(real, dtype=torch.get_default_dtype()).masked_fill(~real, torch.finfo(torch.float32).min)
+            mask = mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        logits: Tensor = self.inner(input_ids=x, attention_mask=mask).logits
         return logits

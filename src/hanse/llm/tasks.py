@@ -10,6 +10,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from hanse.core.errors import DataError
 from hanse.core.losses import PerSample
 from hanse.core.problem import Problem
 from hanse.core.streams import Streams
@@ -19,7 +20,7 @@ from hanse.llm.commands import examples
 from hanse.llm.encoding import encode, pad_of
 from hanse.llm.examples import Columns, Example, read
 from hanse.llm.generation import say
-from hanse.llm.models import Decoder, load, tokenizer_of
+from hanse.llm.models import Classifier, Decoder, load, tokenizer_of
 from hanse.llm.pretrain import small
 from hanse.llm.scores import IGNORED, answer_loss, exact, tokens
 from hanse.llm.templates import Template, alpaca
@@ -111,7 +112,7 @@ class instruct(Instructions):
     """Test file of the same form; without one a tenth is held out."""
     instruction: str = "instruction"
     """Field of what is asked."""
-    context: str | None = None
+    context: str | None = "input"
     """Field of what it is asked about."""
     answer: str = "output"
     """Field of the answer."""
@@ -125,6 +126,65 @@ class instruct(Instructions):
             return self.dataset(found, read(self.test, columns))
         test, train = holdout(len(found), 0.1, streams)
         return self.dataset([found[i] for i in train.tolist()], [found[i] for i in test.tolist()])
+
+
+class classify(Task):
+    """Texts and their classes from a JSONL or CSV file, or a data set that ``datasets`` loads: an encoder with a new head."""
+
+    path: str
+    """The file (gzipped or not), or folder, or name on the hub."""
+    test: str | None = None
+    """Test file of the same form; without one a tenth is held out."""
+    text: str = "text"
+    """Field of the text."""
+    label: str = "label"
+    """Field of its class."""
+    owner: str | None = None
+    """Field that says whose it is."""
+    base: str = SMALL
+    """Folder of the model and its tokenizer (or a name on a hub), or "small", which hanse trains itself."""
+    tune: Tuning = lora()
+    """What of it is trained; the head always is."""
+    length: PositiveInt = 64
+    """Tokens of a text; longer ones are cut."""
+
+    @property
+    def folder(self) -> str:
+        """Where the model is."""
+        return str(small("encoder")) if self.base == SMALL else self.base
+
+    def data(self, streams: Streams) -> Dataset:
+        columns = Columns(self.text, self.owner, self.label, None)
+        found = read(self.path, columns)
+        if self.test is None:
+            held, rest = holdout(len(found), 0.1, streams)
+            train, test = [found[i] for i in rest.tolist()], [found[i] for i in held.tolist()]
+        else:
+            train, test = found, read(self.test, columns)
+        names = sorted({example.answer for example in found}, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+        group = self._classes(train, names)
+        owners = sorted({example.context for example in train})
+        number = {name: i for i, name in enumerate(owners)}
+        owner = torch.tensor([number[example.context] for example in train]) if self.owner else None
+        x, y = self._ids(train), self._ids(test)
+        return Dataset(x, group, y, self._classes(test, names), group, tuple(names), owner, tuple(owners) if self.owner else ())
+
+    def _classes(self, rows: Sequence[Example], names: Sequence[str]) -> Tensor:
+        number = {name: i for i, name in enumerate(names)}
+        for row in rows:
+            if row.answer not in number:
+                raise DataError(f"{self.test}: label {row.answer!r} is not allowed: {', '.join(names)}")
+        return torch.tensor([number[row.answer] for row in rows])
+
+    def _ids(self, rows: Sequence[Example]) -> Tensor:
+        tokenizer = loaded(self.folder)
+        how = {"truncation": True, "max_length": self.length, "padding": "max_length", "padding_side": "right"}
+        ids: Tensor = tokenizer([row.instruction for row in rows], return_tensors="pt", **how)["input_ids"]
+        return ids
+
+    def model(self) -> nn.Module:
+        classes = len({example.answer for example in read(self.path, Columns(self.text, None, self.label, None))})
+        return Classifier(self.tune.applied(load(self.folder, "encoder", classes), "encoder"), pad_of(loaded(self.folder)))
 
 
 @lru_cache(maxsize=4)
