@@ -253,3 +253,20 @@ def test_what_is_frozen_is_not_copied() -> None:
     (frozen,) = (t for n, t in problem.fixed.items() if n == "0.weight")
     assert own_module(problem)[0].weight.data_ptr() == frozen.data_ptr()
     assert own_module(problem)[1].weight.data_ptr() != problem.model[1].weight.data_ptr()
+
+
+class Looks(nn.Module):
+    """What it computes depends on what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x if bool((x == 0).all()) else x / x.norm())
+        return out
+
+
+def test_models_that_look_at_values_are_left_to_the_loop() -> None:
+    assert set(paths(Problem(Looks(), sample=torch.zeros(1, 6)))) == {"loop"}
+    assert set(paths(Problem(Tied(), sample=torch.zeros(1, 4, dtype=torch.long)))) == {"loop", "vmap"}
