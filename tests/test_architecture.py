@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "catalogue": BELOW | {"llm", "methods", "schedules", "engines"},
     "systems": set(),
     "experiment": BELOW | {"federation", "methods", "schedules", "engines", "config", "track"},
+    "export": {"core", "config", "track"},
     "study": BELOW | {"federation", "methods", "schedules", "engines", "config", "track", "experiment"},
 }
 """Module prefixes below ``hanse`` that each room may import besides itself. Rooms left out are entrances and may import all."""

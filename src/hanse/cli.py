@@ -182,6 +182,17 @@ KINDS = (
 )
 
 
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Have adapters become part of the model.")] = False,
+) -> None:
+    """Write a run's final model for others: tensors by name, or a language model or its adapters in their library's format."""
+    from hanse.export import export as write
+
+    write(run, folder, merge)
+
+
 def list_(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))], json_: Json = False) -> None:
     """What there is: methods, schedules, codecs, tasks, ... with their parameters, or the published systems."""
     from hanse.catalogue import catalogue
@@ -336,6 +347,7 @@ app.command()(_settings_options(run))
 app.command()(resume)
 app.command()(status)
 app.command()(report)
+app.command()(export)
 app.command("list")(list_)
 app.command()(reproduce)
 app.command()(deploy)

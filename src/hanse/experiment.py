@@ -393,10 +393,7 @@ def _play(net: Rounds, schedule: Schedule, method: Method, recorder: Recorder) -
 def _answers(federation: Federation, result: Run) -> list[Answer]:
     """What the final model says."""
     problem, split = federation.problem, federation.split
-    w, buffers = problem.layout.flatten(result.weights), problem.start_buffers
-    if problem.shares_buffers and problem.shared_buffers.dim() == 1:
-        buffers = problem.buffer_layout.flatten(result.weights)
-    return federation.task.answers(problem, w, buffers, split.test_x, split.test_y)
+    return federation.task.answers(problem, *problem.vectors(result.weights), split.test_x, split.test_y)
 
 
 def _clients(net: Rounds, result: Run) -> Tensors:

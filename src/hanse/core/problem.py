@@ -93,6 +93,11 @@ class Problem:
         """All tensors of the module: views of ``w`` and ``buffers`` and the frozen ones."""
         return {**self.layout.views(w), **self.buffer_layout.views(buffers), **self.fixed}
 
+    def vectors(self, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``w`` ``[P]`` and ``buffers`` ``[Q]`` of tensors by name; buffers that not all have in common are those at the start."""
+        alike = self.shares_buffers and self.shared_buffers.dim() == 1
+        return self.layout.flatten(named), self.buffer_layout.flatten(named) if alike else self.start_buffers
+
     def output(self, w: Tensor, buffers: Tensor, x: Tensor, training: bool = False) -> Tensor:
         """The model's output at the vector ``w`` ``[P]``."""
         self.model.train(training)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from hanse.core.errors import DataError
+from hanse.core.errors import ConfigError, DataError
 from hanse.core.losses import PerSample, accuracy, cross_entropy
 from hanse.core.part import Part
 from hanse.core.problem import Problem
@@ -107,6 +108,18 @@ class Task(Part):
     def answers(self, problem: Problem, w: Tensor, buffers: Tensor, x: Tensor, y: Tensor) -> list[Answer]:
         """What the trained model ``w`` ``[P]`` says to some test samples, for the report; nothing where outputs are no text."""
         return []
+
+    def export(self, module: nn.Module, folder: Path, merge: bool) -> None:
+        """Write a trained model for others: its tensors by name, as ``model.safetensors``.
+
+        ``merge`` has what was trained beside a model become part of it; raises ``ConfigError`` where there is nothing of the kind.
+        """
+        from safetensors.torch import save_model
+
+        if merge:
+            raise ConfigError("merge: not allowed: nothing was trained beside this task's model")
+        folder.mkdir(parents=True)
+        save_model(module, str(folder / "model.safetensors"))
 
     def model(self) -> nn.Module:
         """A freshly initialised model (torch's global generator is seeded by the caller)."""

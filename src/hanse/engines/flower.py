@@ -6,6 +6,7 @@ half, the apps that Flower starts, is ``hanse.deploy``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -20,6 +21,8 @@ import torch
 from pydantic import PositiveFloat, model_validator
 
 from hanse.core.errors import ConfigError, MissingExtraError, TransportError
+from hanse.core.messages import Tensors
+from hanse.core.wire import pieces
 from hanse.engines.base import Engine
 from hanse.engines.deployment import Deployment, Returned
 from hanse.engines.rounds import Rounds
@@ -296,7 +299,16 @@ class GridPost:
 def about_task(federation: Federation) -> dict[str, Any]:
     """What of a task has to be the same wherever a run's data are."""
     split, problem = federation.split, federation.problem
-    return {"model": problem.layout.size, "inputs": [*split.train.x.shape[1:]], "names": [*split.names]}
+    about = {"model": problem.layout.size, "inputs": [*split.train.x.shape[1:]], "names": [*split.names]}
+    return about if not problem.fixed else {**about, "frozen": fingerprint(problem.fixed)}
+
+
+def fingerprint(tensors: Tensors) -> str:
+    """Tensors that are the same bits have the same one."""
+    digest = hashlib.blake2b(digest_size=8)
+    for piece in pieces({name: tensors[name] for name in sorted(tensors)}):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager

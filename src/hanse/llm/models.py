@@ -6,6 +6,7 @@ A model is used as a function of token ids ``[B, T]`` alone, so that it is a mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -104,12 +105,17 @@ def make(kind: Kind, tokenizer: Any, *, width: int, layers: int, heads: int, len
     raise ConfigError(f"kind: {kind!r} is not allowed for a new model: decoder or encoder")
 
 
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether peft puts tokens of its own before a text."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 class Decoder(nn.Module):
     """Logits ``[B, T, vocabulary]`` of the next token at every position; what a tuning puts before the text is left out."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.virtual = inner, has_virtual_tokens(inner)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.inner(input_ids=x, use_cache=False).logits
@@ -121,9 +127,7 @@ class Classifier(nn.Module):
 
     def __init__(self, inner: nn.Module, pad: int) -> None:
         super().__init__()
-        self.inner, self.pad = inner, pad
-        tuned = getattr(inner, "active_peft_config", None)
-        self.virtual = bool(getattr(tuned, "is_prompt_learning", False))
+        self.inner, self.pad, self.virtual = inner, pad, has_virtual_tokens(inner)
 
     def forward(self, x: Tensor) -> Tensor:
         real = x != self.pad
@@ -134,3 +138,17 @@ class Classifier(nn.Module):
             mask = mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         logits: Tensor = self.inner(input_ids=x, attention_mask=mask).logits
         return logits
+
+
+def save(model: Decoder | Classifier, tokenizer: Any, folder: Path, merge: bool) -> None:
+    """Write a model in its library's format, with its tokenizer; of one that peft has tuned only what was trained, unless merged.
+
+    Raises ``ConfigError`` where there is nothing to merge.
+    """
+    inner: Any = model.inner
+    if merge:
+        if not hasattr(inner, "merge_and_unload") or model.virtual:
+            raise ConfigError("merge: not allowed: only lora and ia3 can become part of the model")
+        inner = inner.merge_and_unload()
+    inner.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

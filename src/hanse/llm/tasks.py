@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import PositiveInt
@@ -20,7 +21,7 @@ from hanse.llm.commands import examples
 from hanse.llm.encoding import encode, pad_of
 from hanse.llm.examples import Columns, Example, read
 from hanse.llm.generation import say
-from hanse.llm.models import Classifier, Decoder, load, tokenizer_of
+from hanse.llm.models import Classifier, Decoder, load, save, tokenizer_of
 from hanse.llm.pretrain import small
 from hanse.llm.scores import IGNORED, answer_loss, exact, tokens
 from hanse.llm.templates import Template, alpaca
@@ -32,26 +33,38 @@ SMALL = "small"
 """The name of hanse's own model, which is trained when it is first needed."""
 
 
-class Instructions(Task):
-    """Base of tasks that tune a decoder to follow instructions; the loss is that of the answers' tokens."""
+class Pretrained(Task):
+    """Base of tasks that start from a language model."""
 
     abstract: ClassVar[bool] = True
+    architecture: ClassVar[Literal["decoder", "encoder"]] = "decoder"
 
     base: str = SMALL
     """Folder of the model and its tokenizer (or a name on a hub), or "small", which hanse trains itself."""
     tune: Tuning = lora()
     """What of it is trained."""
+
+    @property
+    def folder(self) -> str:
+        """Where the model is."""
+        return str(small(self.architecture)) if self.base == SMALL else self.base
+
+    def export(self, module: nn.Module, folder: Path, merge: bool) -> None:
+        """In the formats of transformers and peft."""
+        save(cast(Decoder | Classifier, module), loaded(self.folder), folder, merge)
+
+
+class Instructions(Pretrained):
+    """Base of tasks that tune a decoder to follow instructions; the loss is that of the answers' tokens."""
+
+    abstract: ClassVar[bool] = True
+
     template: Template = alpaca(preamble=False)
     """How instructions are written."""
     length: PositiveInt = 96
     """Tokens of an example; longer ones are cut."""
     prompts: bool = False
     """Whether prompts are learned as well."""
-
-    @property
-    def folder(self) -> str:
-        """Where the model is."""
-        return str(small("decoder")) if self.base == SMALL else self.base
 
     @property
     def loss(self) -> PerSample:
@@ -128,8 +141,12 @@ class instruct(Instructions):
         return self.dataset([found[i] for i in train.tolist()], [found[i] for i in test.tolist()])
 
 
-class classify(Task):
-    """Texts and their classes from a JSONL or CSV file, or a data set that ``datasets`` loads: an encoder with a new head."""
+class classify(Pretrained):
+    """Texts and their classes from a JSONL or CSV file, or a data set that ``datasets`` loads: an encoder with a new head, which is
+    trained whatever else is.
+    """
+
+    architecture: ClassVar[Literal["decoder", "encoder"]] = "encoder"
 
     path: str
     """The file (gzipped or not), or folder, or name on the hub."""
@@ -141,17 +158,8 @@ class classify(Task):
     """Field of its class."""
     owner: str | None = None
     """Field that says whose it is."""
-    base: str = SMALL
-    """Folder of the model and its tokenizer (or a name on a hub), or "small", which hanse trains itself."""
-    tune: Tuning = lora()
-    """What of it is trained; the head always is."""
     length: PositiveInt = 64
     """Tokens of a text; longer ones are cut."""
-
-    @property
-    def folder(self) -> str:
-        """Where the model is."""
-        return str(small("encoder")) if self.base == SMALL else self.base
 
     def data(self, streams: Streams) -> Dataset:
         columns = Columns(self.text, self.owner, self.label, None)
