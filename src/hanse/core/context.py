@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -138,6 +138,15 @@ class Context:
         self._first_pass = True
         return self.grad(w, large)
 
+    def batches(self) -> Iterator[tuple[Context, Batch]]:
+        """Every local step: the work of those who still have something to do, and their batch."""
+        view = self
+        for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.rounds, self._lengths):
+            if active != len(view.ids):
+                view = self.first(active)
+            view._first_pass = True
+            yield view, batch
+
     def descend(self, direction: Direction, slots: Slots | None = None) -> Tensor:
         """Take all local steps from ``start``; returns the end points ``[C, P]``.
 
@@ -147,12 +156,8 @@ class Context:
         w = self.start.expand(clients, size).clone()
         slots = self.local.slots(w) if slots is None else slots
         own = {} if self.private is None else self.local.slots(self.private)
-        view = self
-        for active, batch in self.plan.batches(self.samples, self.ids, self.streams, self.rounds, self._lengths):
-            if active != len(view.ids):
-                view = self.first(active)
-            view._first_pass = True
-            here = w[:active]
+        for view, batch in self.batches():
+            here = w[: len(view.ids)]
             self._move(here, direction(view, here, batch), slots)
             if view.private is not None and view._private_gradient is not None:
                 self._move(view.private, view._private_gradient, own)

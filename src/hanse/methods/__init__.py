@@ -8,6 +8,7 @@ from hanse.methods.fedasync import FedAsync
 from hanse.methods.fedau import AverageAll, FedAU, KnownParticipation
 from hanse.methods.fedavg import FedAvg
 from hanse.methods.fedavg_m import FedAvg_M, FedAvg_M_VR
+from hanse.methods.fedkseed import FedKSeed
 from hanse.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from hanse.methods.fedprox import FedProx
 from hanse.methods.fedsam import FedSAM
@@ -39,6 +40,7 @@ __all__ = [
     "FedAvgM",
     "FedAvg_M",
     "FedAvg_M_VR",
+    "FedKSeed",
     "FedProx",
     "FedSAM",
     "FedSpeed",
