@@ -10,7 +10,8 @@ Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Siz
 so that the server's model is the average of the clients'. ``importance`` (FedKSeed-Pro): lambda_j is the mean of |g| clipped to
 ``most`` over all that was ever reported of seed j, beginning with one 0; p = softmax((lambda - min) / (max - min + 1e-10)).
 
-Sent: down a (and p), K numbers each; up tau pairs of a seed's number and g. Kept: nothing; w_0 and the seeds are known everywhere.
+Sent: down a (and p), K numbers each; up tau pairs of a seed's number (two bytes up to K = 32,768) and g. Kept: nothing; w_0 and the
+seeds are known everywhere.
 The learning rate is part of a, so any schedule of rates can be rebuilt; the paper sums g alone and needs a constant one. Weight
 decay is not there, because w could not be rebuilt. A step whose difference is not finite, or larger than ``most``, is none.
 Noise is drawn in the order of the layout's tensors by NumPy's Philox, on the CPU, whatever the device of the model.
@@ -57,6 +58,11 @@ class FedKSeed(Method):
     """Local optimiser: plain steps alone can be rebuilt."""
     aggregate: PlainMean = mean()
 
+    @property
+    def narrowest(self) -> torch.dtype:
+        """The type that a seed's number travels in."""
+        return torch.int16 if self.seeds <= 1 << 15 else torch.int32
+
     def plan(self) -> Plan:
         return Plan(self.batch, 1, self.steps)
 
@@ -90,7 +96,7 @@ class FedKSeed(Method):
             found[: len(here), batch.step] = g
             view.loss += (above + below).nan_to_num(0) / 2
         ctx.loss /= self.steps
-        return ctx.upload(ctx.counts.to(ctx.loss.dtype), rows={"seeds": which.to(torch.int32), "g": found})
+        return ctx.upload(ctx.counts.to(ctx.loss.dtype), rows={"seeds": which.to(self.narrowest), "g": found})
 
     def step(self, state: State, reply: Reply, round: int) -> State:
         if not len(reply):
