@@ -32,14 +32,14 @@ class Seen:
     net: Any = None
 
     def start(self, net: Simulation) -> None:
-        self.net, collect = net, net.collect
+        self.net, reply_of = net, net._reply
 
         def listening(*args: Any, **kwargs: Any) -> Reply:
-            self.replies.append(collect(*args, **kwargs))
+            self.replies.append(reply_of(*args, **kwargs))
             self.rounds.append(net.round)
             return self.replies[-1]
 
-        net.collect = listening  # type: ignore[method-assign]
+        net._reply = listening  # type: ignore[method-assign]
 
     def write(self, record: Record) -> None:
         self.records.append(record)

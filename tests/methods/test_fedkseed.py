@@ -43,6 +43,7 @@ def test_the_rebuilt_model_is_the_average_of_the_clients_models() -> None:
     """Every client's steps written out, by plain probes of the loss on the batches that its stream gives it."""
     fed, (_, seen) = federation(), played(RULE)
     start = fed.problem.start
+    assert [len(reply) for reply in seen.replies] == [4, 4]
     for round, reply in enumerate(seen.replies):
         ends = []
         for client, weight in zip(reply.clients.tolist(), reply.weight.tolist(), strict=True):

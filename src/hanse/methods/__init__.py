@@ -14,6 +14,7 @@ from hanse.methods.fedprox import FedProx
 from hanse.methods.fedsam import FedSAM
 from hanse.methods.fedspeed import FedSpeed
 from hanse.methods.frl import FRL
+from hanse.methods.fwdllm import FwdLLM
 from hanse.methods.memory import MIFA, FedVARP
 from hanse.methods.one_by_one import OneByOne
 from hanse.methods.opwa import OPWA
@@ -47,6 +48,7 @@ __all__ = [
     "FedVARP",
     "FedYogi",
     "FirstOrder",
+    "FwdLLM",
     "KnownParticipation",
     "Method",
     "OneByOne",
