@@ -3,7 +3,7 @@
     python benchmarks/federation.py [--clients 2 4 8 16] [--millions 0.01 1 10 25] [--rounds 4]
 
 Sizes are tried with two clients, numbers of clients with the smallest and the third. Seconds are of the rounds after the first;
-memory is the most that was resident in the SuperLink, its ServerApp, a SuperNode and its ClientApp at any look, ten times a second.
+memory is the most that was resident in the SuperLink, its ServerApp, a SuperNode and its ClientApp at any look, twice a second.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measured(clients: int, millions: float, rounds: int, folder: Path) -> Case:
 
 def watch(federation: OnThisMachine, over: threading.Event, memory: Counter[str]) -> None:
     """Keep the most that any process of each part has had."""
-    while not over.wait(0.1):
+    while not over.wait(0.5):  # a look at all processes costs a tenth of a second
         for process in federation.processes():
             try:
                 command, size = " ".join(process.cmdline()), process.memory_info().rss / 1e6

@@ -205,4 +205,21 @@ SYSTEMS = (
         "turn in simulation, eager against lazy, CPU time against TCP; time, CPU and memory beside one aggregator and a process "
         "each by hanse bench aggregation; not shown on several machines",
     ),
+    System(
+        slug="fedkseed",
+        name="FedKSeed and FedKSeed-Pro",
+        paper="Qin, Chen, Qian, Ding, Li, Deng, ICML 2024, arXiv 2312.06353",
+        status="partly",
+        implemented="FedKSeed, with importance for -Pro, on any model",
+        shown="exact checks in tests/methods: the rebuilt model is the average of the clients', traffic by formula and below 18 kB "
+        "for the paper's settings; accuracy against K and memory not shown yet",
+    ),
+    System(
+        slug="fwdllm",
+        name="FwdLLM (FwdFL)",
+        paper="Xu, Cai, Wu, Li, Wang, USENIX ATC 2024, arXiv 2308.13894",
+        status="partly",
+        implemented="FwdLLM: forward gradients, steps by variance, candidates by cosine, gradients or scalars sent",
+        shown="exact checks in tests/methods, none of which differentiates anything; accuracy and memory not shown yet",
+    ),
 )

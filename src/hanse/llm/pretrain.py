@@ -47,7 +47,7 @@ class Recipe(Part):
     """Tokens of the longest sequence that it will be able to read."""
     batch: PositiveInt = 32
     """Sequences of a step."""
-    steps: PositiveInt = 800
+    steps: PositiveInt = 500
     """Steps."""
     lr: PositiveFloat = 3e-3
     """Highest learning rate; half a cosine after a tenth of warm-up."""

@@ -57,6 +57,7 @@ class FedKSeed(Method):
     local: PlainSgd = sgd()
     """Local optimiser: plain steps alone can be rebuilt."""
     aggregate: PlainMean = mean()
+    """The mean: a is the sum of what clients report."""
 
     @property
     def narrowest(self) -> torch.dtype:

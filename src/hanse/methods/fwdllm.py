@@ -62,6 +62,7 @@ class FwdLLM(Method):
     lr: LearningRate = constant(value=0.01)
     """The server's learning rate."""
     aggregate: PlainMean = mean()
+    """The mean: perturbations are added up over rounds."""
 
     def plan(self) -> Plan:
         return Plan(self.batch, 1, self.steps)
