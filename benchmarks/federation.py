@@ -72,7 +72,7 @@ def measured(clients: int, millions: float, rounds: int, folder: Path) -> Case:
 
 def watch(federation: OnThisMachine, over: threading.Event, memory: Counter[str]) -> None:
     """Keep the most that any process of each part has had."""
-    while not over.wait(0.5):  # a look at all processes costs a tenth of a second
+    while not over.wait(0.5):  # looking at all processes takes time that they need
         for process in federation.processes():
             try:
                 command, size = " ".join(process.cmdline()), process.memory_info().rss / 1e6

@@ -270,3 +270,13 @@ class Looks(nn.Module):
 def test_models_that_look_at_values_are_left_to_the_loop() -> None:
     assert set(paths(Problem(Looks(), sample=torch.zeros(1, 6)))) == {"loop"}
     assert set(paths(Problem(Tied(), sample=torch.zeros(1, 4, dtype=torch.long)))) == {"loop", "vmap"}
+
+
+def test_frozen_statistics_stay_as_they_are_whoever_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    problem = Problem(model, frozen=["BatchNorm1d"], dtype=torch.float64)
+    before = {n: t.clone() for n, t in problem.fixed.items()}
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
+    paths(problem)["loop"].grad(rows(problem, 4), batch_of(COUNTS, x, y), no_buffers(problem, 4))
+    assert all(torch.equal(t, before[n]) for n, t in problem.fixed.items())

@@ -168,7 +168,9 @@ def test_what_cannot_be_read_is_no_reply_and_takes_none_along() -> None:
     def broken() -> Any:
         raise ValueError("Object ID mismatch")
 
-    good = lambda: holding(packed(b"fine", {}))  # noqa: E731
+    def good() -> Any:
+        return holding(packed(b"fine", {}))
+
     found = answering(
         post, good, lambda: holding(RecordDict()), lambda: holding(packed(b"", {"error": "the disk is full"})), broken, good
     )

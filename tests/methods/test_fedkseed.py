@@ -11,6 +11,7 @@ from small_runs import Seen
 from torch import Tensor
 
 import hanse as hs
+from hanse.core.errors import ConfigError
 from hanse.core.losses import cross_entropy
 from hanse.core.streams import Streams
 from hanse.core.wire import wire_size
@@ -122,3 +123,23 @@ def test_steps_that_cannot_be_believed_are_none() -> None:
     run, seen = played(timid, rounds=1)
     assert torch.equal(seen.models[-1], federation().problem.start)
     assert not run.state["state.a"].any()
+
+
+def test_a_codec_leaves_the_seeds_as_they_are() -> None:
+    """Halves of the scalars may get lost on a codec; which seeds they belong to may not."""
+    seen, plain = Seen(), played(RULE, rounds=1)[1]
+    engine, schedule = hs.engines.local(path="stacked", workers=1), hs.schedules.synchronous(cohort=4)
+    codec = hs.codecs.topk(0.2) | hs.codecs.uniform(2)
+    hs.run(federation(), RULE, schedule, rounds=1, codec=codec, engine=engine, writers=[seen], on_start=seen.start)
+    (one,), (other,) = seen.replies, plain.replies
+    order = [one.clients.argsort(), other.clients.argsort()]
+    assert torch.equal(one.rows["seeds"][order[0]], other.rows["seeds"][order[1]])
+    assert not torch.equal(one.rows["g"][order[0]], other.rows["g"][order[1]])
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    for field, value in (("clip", 1.0), ("local", "adamw"), ("aggregate", "median")):
+        with pytest.raises(ConfigError, match=field):
+            FedKSeed(**{field: value})
+    with pytest.raises(ConfigError, match="local steps are not allowed with FedKSeed: at most 5"):
+        hs.run(federation(), RULE, hs.schedules.fedcompass(q_min=6, q_max=9), rounds=1)

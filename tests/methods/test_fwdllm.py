@@ -11,6 +11,7 @@ from small_runs import Seen
 from torch import Tensor
 
 import hanse as hs
+from hanse.core.errors import ConfigError, DivergedError
 from hanse.core.wire import wire_size
 from hanse.methods import FwdLLM
 
@@ -25,7 +26,8 @@ def played(rule: FwdLLM, rounds: int = 2, fed: hs.Federation | None = None, chun
     seen = Seen()
     engine = hs.engines.local(chunk=chunk, workers=1)
     schedule = hs.schedules.synchronous(cohort=4)
-    run = hs.run(fed or federation(), rule, schedule, rounds=rounds, engine=engine, writers=[seen], on_start=seen.start)
+    fed = fed or federation()
+    run = hs.run(fed, rule, schedule, rounds=rounds, engine=engine, writers=[seen], on_start=seen.start)
     return run, seen
 
 
@@ -115,3 +117,29 @@ def test_nothing_is_ever_differentiated(monkeypatch: pytest.MonkeyPatch) -> None
         fed = federation()
         hs.run(fed, RULE, hs.schedules.synchronous(cohort=4), rounds=2, engine=engine, writers=[seen], on_start=seen.start)
     assert not torch.equal(seen.models[0], seen.models[1])
+
+
+def test_losses_that_are_not_finite_are_no_perturbations() -> None:
+    """One number of the model is infinite, and so no loss is a number."""
+    fed = federation()
+    fed.problem.start[0] = math.inf
+    for send in ("gradients", "scalars"):
+        rule = RULE.model_copy(update={"send": send})
+        seen, schedule = Seen(), hs.schedules.synchronous(cohort=4)
+        with pytest.raises(DivergedError, match="the test loss after round 1 is nan"):
+            hs.run(fed, rule, schedule, rounds=1, engine=hs.engines.local(workers=1), on_start=seen.start)
+        assert rule._told(rule.init(fed.problem), seen.replies[0])[1] == 0
+
+
+def test_schedules_may_ask_for_more_steps_where_only_sums_travel() -> None:
+    schedule = hs.schedules.fedcompass(q_min=4, q_max=6)
+    run = hs.run(federation(), RULE, schedule, rounds=2)
+    assert len(run.history) == 2
+    with pytest.raises(ConfigError, match="local steps are not allowed with FwdLLM: at most 3"):
+        hs.run(federation(), RULE.model_copy(update={"send": "scalars"}), schedule, rounds=2)
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    for field, value in (("clip", 1.0), ("local", "adamw")):
+        with pytest.raises(ConfigError, match=field):
+            FwdLLM(**{field: value})

@@ -105,9 +105,8 @@ class Problem:
         return out
 
     def copy(self) -> nn.Module:
-        """A module like the recipe, with trained tensors of its own; what is frozen is shared."""
-        everything = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return copy.deepcopy(self.model, {id(t): t for n, t in everything if n in self.fixed})
+        """A module like the recipe, with trained parameters and buffers of its own; frozen parameters are shared."""
+        return copy.deepcopy(self.model, {id(p): p for n, p in self.model.named_parameters() if n in self.fixed})
 
     def module(self, w: Tensor, buffers: Tensor) -> nn.Module:
         """The model at ``w`` ``[P]``, as a module for inference: to be saved, or used by whoever knows modules."""

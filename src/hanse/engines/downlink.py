@@ -13,7 +13,7 @@ from hanse.core.layout import Layout
 from hanse.core.messages import Tensors
 from hanse.core.streams import Streams
 from hanse.core.wire import wire_size
-from hanse.engines.execution import AS_IS
+from hanse.engines.execution import as_is
 
 
 class Downlink:
@@ -76,4 +76,4 @@ class Downlink:
 
 def coded(message: Tensors) -> list[tuple[str, Tensor]]:
     """What of a message a codec writes."""
-    return [(n, t) for n, t in message.items() if n not in AS_IS and t.dim() == 1]
+    return [(n, t) for n, t in message.items() if t.dim() == 1 and not as_is(n, t.dtype)]

@@ -32,8 +32,12 @@ from hanse.methods.base import Method
 S = TypeVar("S")
 T = TypeVar("T")
 
-AS_IS = {"buffers", "domain"}
-"""What no codec touches: batch-norm statistics (a variance sparsified to zero breaks the model), and whose they are."""
+
+def as_is(name: str, dtype: torch.dtype) -> bool:
+    """Whether no codec touches it: batch-norm statistics (a variance sparsified to zero breaks the model), and what is a name or a
+    number of something, which is of an integer type.
+    """
+    return name == "buffers" or not dtype.is_floating_point
 
 
 @dataclass(frozen=True)
@@ -354,7 +358,7 @@ def encode(upload: Upload, codec: Codec, state: Tensors, sending: Callable[[str,
     """
     scalars = {"weight": upload.weight[:1], "loss": upload.loss[:1]}
     vectors = {n: t for group in (upload.sums, upload.rows) for n, t in group.items()}
-    scalars |= {n: vectors.pop(n)[0] for n in AS_IS & vectors.keys()}
+    scalars |= {n: vectors.pop(n)[0] for n in [n for n, t in vectors.items() if as_is(n, t.dtype)]}
     if codec.plain:
         one = {n: t if t.dim() == 1 else t[0] for n, t in vectors.items()}
         if not upload.senders:
@@ -365,7 +369,7 @@ def encode(upload: Upload, codec: Codec, state: Tensors, sending: Callable[[str,
         return _sizes(lengths, lambda kind: wire_size({**{n: one[n] for n in kind}, **scalars}), len(upload.clients))
     lengths, marks = {}, Tensors()
     for group in (upload.sums, upload.rows):
-        for name in [n for n in group if n not in AS_IS]:
+        for name in [n for n, t in group.items() if not as_is(n, t.dtype)]:
             how = sending(name, group[name].shape[1])
             before = dict(how.memory)
             arrived, size, kept = codec.roundtrip(group[name], how)

@@ -17,7 +17,7 @@ from hanse.core.errors import CodecError
 from hanse.core.layout import Layout
 from hanse.core.messages import Tensors, Upload
 from hanse.core.wire import pieces, read
-from hanse.engines.execution import AS_IS, Executor, Trained, memory_key
+from hanse.engines.execution import Executor, Trained, as_is, memory_key
 
 Layouts = Callable[[str, int], Layout]
 
@@ -47,7 +47,7 @@ def upload_letter(executor: Executor, trained: Trained) -> Tensors:
     for name, values in {**upload.sums, **upload.rows}.items():
         if name in upload.senders and not bool(upload.senders[name][0]):
             continue
-        if codec.plain or name in AS_IS:
+        if codec.plain or as_is(name, values.dtype):
             letter[name] = values[0]
             continue
         how = executor.sending(trained.orders, state, name, values.shape[1])
@@ -102,7 +102,7 @@ def upload_in(data: bytes, client: int, expected: Mapping[str, Expected], like: 
 
 
 def _vector(name: str, sent: Tensor, wanted: Expected, codec: Codec, layout_of: Layouts) -> Tensor:
-    if not codec.plain and name not in AS_IS:
+    if not codec.plain and not as_is(name, wanted.dtype):
         if sent.dtype != torch.uint8 or sent.dim() != 1:
             raise CodecError(f"{name}: not written by {codec}")
         sent = codec.decode(sent.numpy().tobytes(), layout_of(name, wanted.shape[0]))

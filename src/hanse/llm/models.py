@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hanse.core.errors import ConfigError, MissingExtraError
 
-Kind = Literal["decoder", "encoder", "seq2seq"]
+Kind = Literal["decoder", "encoder"]
 
 
 def transformers() -> Any:
@@ -32,7 +32,7 @@ ATTENTION = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
 def load(path: str, kind: Kind, classes: int = 0) -> Any:
-    """A model by ``from_pretrained``: a decoder, an encoder with a new head for ``classes`` classes, or both in one.
+    """A model by ``from_pretrained``: a decoder, or an encoder with a new head for ``classes`` classes.
 
     Attention drops nothing, because its masks would not follow the run's seed. Raises ``ConfigError`` where there is no model, or
     none of this kind.
@@ -45,10 +45,8 @@ def load(path: str, kind: Kind, classes: int = 0) -> Any:
                 setattr(config, name, 0.0)
         if kind == "decoder":
             return made.AutoModelForCausalLM.from_pretrained(path, config=config)
-        if kind == "encoder":
-            config.num_labels = classes
-            return made.AutoModelForSequenceClassification.from_pretrained(path, config=config)
-        return made.AutoModelForSeq2SeqLM.from_pretrained(path, config=config)
+        config.num_labels = classes
+        return made.AutoModelForSequenceClassification.from_pretrained(path, config=config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {path!r} cannot be loaded as {kind}: {str(error).splitlines()[0]}") from None
 
@@ -79,8 +77,8 @@ def train_tokenizer(texts: Sequence[str], size: int) -> Any:
     return made.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, eos_token=end, mask_token=mask)
 
 
-def make(kind: Kind, tokenizer: Any, *, width: int, layers: int, heads: int, length: int, classes: int = 0) -> Any:
-    """A new model: Llama's architecture as decoder, BERT's as encoder; weights from torch's global generator."""
+def make(kind: Kind, tokenizer: Any, *, width: int, layers: int, heads: int, length: int) -> Any:
+    """A new model: Llama's architecture as decoder, BERT's as encoder of masked text; weights from torch's global generator."""
     made, size = transformers(), len(tokenizer)
     common = {
         "vocab_size": size,
@@ -99,10 +97,7 @@ def make(kind: Kind, tokenizer: Any, *, width: int, layers: int, heads: int, len
             eos_token_id=tokenizer.eos_token_id,
         )
         return made.LlamaForCausalLM(config)
-    if kind == "encoder":
-        config = made.BertConfig(**common, intermediate_size=4 * width, num_labels=max(2, classes))
-        return made.BertForSequenceClassification(config) if classes else made.BertForMaskedLM(config)
-    raise ConfigError(f"kind: {kind!r} is not allowed for a new model: decoder or encoder")
+    return made.BertForMaskedLM(made.BertConfig(**common, intermediate_size=4 * width))
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:

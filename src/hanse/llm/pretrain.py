@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from hanse.core.cache import cache_folder
 from hanse.core.part import Part
 from hanse.core.streams import Streams
 from hanse.llm.commands import documentation, exercises
-from hanse.llm.models import make, train_tokenizer
+from hanse.llm.models import Kind, make, train_tokenizer
 from hanse.llm.scores import IGNORED
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Recipe(Part):
 
     kind = "recipe"
 
-    architecture: Literal["decoder", "encoder"] = "decoder"
+    architecture: Kind = "decoder"
     """Llama's, learning the next token; or BERT's, learning a masked one."""
     vocabulary: PositiveInt = 1024
     """Tokens."""
@@ -105,13 +106,14 @@ def masked(x: Tensor, tokenizer: Any, rng: torch.Generator) -> tuple[Tensor, Ten
     return seen, torch.where(guessed, x, IGNORED)
 
 
-def small(architecture: Literal["decoder", "encoder"] = "decoder") -> Path:
+def small(architecture: Kind = "decoder") -> Path:
     """The folder of a model of a million parameters that has read Python's language reference and done exercises on its words.
 
     Trained when it is first asked for, which takes minutes, and kept in the cache.
     """
     recipe = Recipe(architecture=architecture)
-    folder = cache_folder() / "models" / f"small-{architecture}-{digest(recipe)}"
+    name = hashlib.blake2b(recipe.full().encode(), digest_size=4).hexdigest()
+    folder = cache_folder() / "models" / f"small-{architecture}-{name}"
     if not folder.is_dir():
         log.warning("training the small %s that this task starts from, once, in %s", architecture, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +127,3 @@ def small(architecture: Literal["decoder", "encoder"] = "decoder") -> Path:
             for left in folder.parent.glob(f".{folder.name}.{os.getpid()}"):
                 shutil.rmtree(left, ignore_errors=True)
     return folder
-
-
-def digest(recipe: Recipe) -> str:
-    """A short name for a recipe."""
-    import hashlib
-
-    return hashlib.blake2b(recipe.full().encode(), digest_size=4).hexdigest()

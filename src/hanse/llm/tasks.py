@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import PositiveInt
@@ -18,14 +19,16 @@ from hanse.core.streams import Streams
 from hanse.data.files import holdout
 from hanse.data.task import Answer, Dataset, Task
 from hanse.llm.commands import examples
-from hanse.llm.encoding import encode, pad_of
+from hanse.llm.encoding import encode, pad_of, text_ids
 from hanse.llm.examples import Columns, Example, read
 from hanse.llm.generation import say
-from hanse.llm.models import Classifier, Decoder, load, save, tokenizer_of
+from hanse.llm.models import Classifier, Decoder, Kind, load, save, tokenizer_of
 from hanse.llm.pretrain import small
 from hanse.llm.scores import IGNORED, answer_loss, exact, tokens
 from hanse.llm.templates import Template, alpaca
 from hanse.llm.tuning import Tuning, lora
+
+log = logging.getLogger(__name__)
 
 FURTHER = 8
 """Tokens that a model may go on for beyond the longest expected answer."""
@@ -37,7 +40,7 @@ class Pretrained(Task):
     """Base of tasks that start from a language model."""
 
     abstract: ClassVar[bool] = True
-    architecture: ClassVar[Literal["decoder", "encoder"]] = "decoder"
+    architecture: ClassVar[Kind] = "decoder"
 
     base: str = SMALL
     """Folder of the model and its tokenizer (or a name on a hub), or "small", which hanse trains itself."""
@@ -83,7 +86,15 @@ class Instructions(Pretrained):
         number = {name: i for i, name in enumerate(names)}
         tokenizer = loaded(self.folder)
         x, y, kept = encode(train, tokenizer, self.template, self.length, self.prompts)
-        test_x, test_y, _ = encode(test, tokenizer, self.template, self.length, self.prompts)
+        test_x, test_y, kept_too = encode(test, tokenizer, self.template, self.length, self.prompts)
+        lost = int((~kept).sum()) + int((~kept_too).sum())
+        if lost:
+            log.warning(
+                "%d of %d examples are left out: nothing of their answers is within length=%d",
+                lost,
+                len(train) + len(test),
+                self.length,
+            )
         group = torch.tensor([number[example.category] for example in train])[kept]
         return Dataset(x, y, test_x, test_y, group, names, group, names)
 
@@ -94,13 +105,15 @@ class Instructions(Pretrained):
         tokenizer, rows = loaded(self.folder), torch.linspace(0, len(x) - 1, min(8, len(x))).long().tolist()
         asked = [x[row, : int((y[row] != IGNORED).nonzero()[0]) + 1].tolist() for row in rows]
         expected = [y[row][y[row] != IGNORED].tolist() for row in rows]
-        end = tokenizer(self.template.end(tokenizer), add_special_tokens=False)["input_ids"]
-        models = (cast(Decoder, problem.module(v, buffers)) for v in (problem.start, w))
+        end = self.template.end(tokenizer)
+        ids = text_ids(tokenizer, [end])[0]
+        stops = [tokenizer.eos_token_id, *(ids if len(ids) == 1 else [])]  # of an end of several tokens none is one by itself
         most = max(map(len, expected)) + FURTHER
-        before, after = (say(model, asked, most, end[:1], pad_of(tokenizer)) for model in models)
+        models = (cast(Decoder, problem.module(v, buffers)) for v in (problem.start, w))
+        before, after = (say(model, asked, most, stops, pad_of(tokenizer)) for model in models)
         texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (asked, expected, before, after))
         return [
-            Answer(asked=q.strip(), expected=e.strip(), before=b.strip(), after=a.strip())
+            Answer(asked=q.strip(), expected=e.split(end)[0].strip(), before=b.split(end)[0].strip(), after=a.split(end)[0].strip())
             for q, e, b, a in zip(*texts, strict=True)
         ]
 
@@ -146,7 +159,7 @@ class classify(Pretrained):
     trained whatever else is.
     """
 
-    architecture: ClassVar[Literal["decoder", "encoder"]] = "encoder"
+    architecture: ClassVar[Kind] = "encoder"
 
     path: str
     """The file (gzipped or not), or folder, or name on the hub."""

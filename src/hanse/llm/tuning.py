@@ -150,7 +150,7 @@ class prefix(Tuning):
         return adapted(model, kind, "PrefixTuningConfig", num_virtual_tokens=self.tokens)
 
 
-TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS"}
 
 
 def adapted(model: Any, kind: Kind, config: str, **settings: Any) -> nn.Module:

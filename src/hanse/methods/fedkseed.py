@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hanse.aggregators import mean
 from hanse.core.context import Context
+from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout
 from hanse.core.messages import Reply, Tensors, Upload
 from hanse.core.optim import LearningRate, constant, sgd
@@ -56,6 +57,8 @@ class FedKSeed(Method):
     """Local learning rate; it has to shrink with the number of parameters: the paper takes 3e-7 for models of billions."""
     local: PlainSgd = sgd()
     """Local optimiser: plain steps alone can be rebuilt."""
+    clip: None = None
+    """There is no gradient to clip."""
     aggregate: PlainMean = mean()
     """The mean: a is the sum of what clients report."""
 
@@ -84,7 +87,11 @@ class FedKSeed(Method):
         a, layout = ctx.message["a"], ctx.problem.shared_layout
         starts = torch.stack([self.rebuilt(ctx.problem, one) for one in (a if ctx.mixed else a[None])])
         w, which = starts.expand(len(ctx.ids), -1).clone(), self._draw(ctx)
-        found = w.new_zeros(which.shape)
+        if int(ctx.steps.max()) > self.steps:
+            raise ConfigError(
+                f"schedule: {int(ctx.steps.max())} local steps are not allowed with {self.short_name}: at most {self.steps}"
+            )
+        found = w.new_zeros(which.shape)  # 0: not done, or not to be believed
         for view, batch in ctx.batches():
             here, j = w[: len(view.ids)], which[: len(view.ids), batch.step]
             self.nudge(layout, here, j, torch.full_like(here[:, 0], self.eps))
@@ -96,7 +103,7 @@ class FedKSeed(Method):
             self.nudge(layout, here, j, self.eps - g * (view.lr.flatten() if isinstance(view.lr, Tensor) else view.lr))
             found[: len(here), batch.step] = g
             view.loss += (above + below).nan_to_num(0) / 2
-        ctx.loss /= self.steps
+        ctx.loss /= ctx.steps.clamp(min=1)
         return ctx.upload(ctx.counts.to(ctx.loss.dtype), rows={"seeds": which.to(self.narrowest), "g": found})
 
     def step(self, state: State, reply: Reply, round: int) -> State:

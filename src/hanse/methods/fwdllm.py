@@ -15,7 +15,7 @@ so a round is a wave of perturbations, and as many waves make a step as the vari
 tensor (the authors keep the best of a pool for all mini-batches, by the signed cosine; u is the same for v and -v). g gets longer.
 
 Sent: down x (and g, with candidates); up the sum of u and its count, or, with ``send="scalars"``, the K factors of v and the number
-by which the server draws them again. Kept: nothing.
+by which the server draws them again. Kept: nothing. A factor that is 0 or not finite is none; late ones count like others.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from torch import Tensor
 
 from hanse.aggregators import mean
 from hanse.core.context import Context
+from hanse.core.errors import ConfigError
 from hanse.core.layout import Layout
 from hanse.core.messages import Reply, Tensors, Upload
-from hanse.core.optim import LearningRate, constant
+from hanse.core.optim import LearningRate, constant, sgd
 from hanse.core.problem import Problem
 from hanse.core.samples import Plan
 from hanse.core.streams import Streams
-from hanse.methods.base import Method, PlainMean, State
+from hanse.methods.base import Method, PlainMean, PlainSgd, State
 
 
 class FwdLLM(Method):
@@ -61,6 +62,10 @@ class FwdLLM(Method):
     """From which all directions follow."""
     lr: LearningRate = constant(value=0.01)
     """The server's learning rate."""
+    local: PlainSgd = sgd()
+    """Clients take no steps."""
+    clip: None = None
+    """There is no gradient to clip."""
     aggregate: PlainMean = mean()
     """The mean: perturbations are added up over rounds."""
 
@@ -82,22 +87,26 @@ class FwdLLM(Method):
         clients, layout = len(ctx.ids), ctx.problem.shared_layout
         x = ctx.start.expand(clients, -1)
         old = ctx.message["g"].expand(clients, -1) if self.candidates > 1 else torch.zeros_like(x)
-        found, total = x.new_zeros(clients, self.steps), torch.zeros_like(x)
+        if self.send == "scalars" and int(ctx.steps.max()) > self.steps:
+            raise ConfigError(
+                f"schedule: {int(ctx.steps.max())} local steps are not allowed with {self.short_name}: at most {self.steps}"
+            )
+        found, total = x.new_zeros(clients, max(self.steps, int(ctx.steps.max()))), torch.zeros_like(x)
         drawn = [self.directions(layout, i, t, g) for i, t, g in zip(ctx.ids.tolist(), ctx.rounds.tolist(), old, strict=True)]
         for view, batch in ctx.batches():
             here = len(view.ids)
             v = torch.stack([next(own) for own in drawn[:here]]).to(x)
             above, below = (view.losses(x[:here] + side * self.h * v, batch) for side in (1, -1))
             factor = (above - below) / (2 * self.h)
-            found[:here, batch.step] = factor
+            found[:here, batch.step] = factor = torch.where(factor.isfinite(), factor, 0)
             view.loss += (above + below).nan_to_num(0) / 2
             if self.send == "gradients":
-                total[:here] += torch.where(factor.isfinite(), factor, 0)[:, None] * v
-        ctx.loss /= self.steps
+                total[:here] += factor[:, None] * v
+        ctx.loss /= ctx.steps.clamp(min=1)
         one = torch.ones_like(ctx.loss)
         if self.send == "scalars":
             return ctx.upload(one, rows={"factors": found, "key": ctx.rounds[:, None]})
-        return ctx.upload(one, u=total, count=found.isfinite().sum(1).to(one))
+        return ctx.upload(one, u=total, count=(found != 0).sum(1).to(one))
 
     def step(self, state: State, reply: Reply, round: int) -> State:
         if not len(reply):
@@ -136,7 +145,7 @@ class FwdLLM(Method):
             parts = []
             for entry in layout.entries:
                 each = torch.from_numpy(rng.standard_normal((many, entry.size), np.float32))
-                near = (each @ goal[entry.name].flatten().to(each)).abs() / each.norm(dim=1)
+                near = (each @ goal[entry.name].flatten().to(each)).abs() / each.norm(dim=1) if many > 1 else torch.zeros(1)
                 parts.append(each[int(near.argmax())])
             yield torch.cat(parts)
 
@@ -150,7 +159,6 @@ class FwdLLM(Method):
         for (client, key, version), factors in zip(whose, reply.rows["factors"], strict=True):
             old = reply.starts[version]["g"] if self.candidates > 1 else torch.zeros_like(u)
             for v, factor in zip(self.directions(reply.problem.shared_layout, client, key, old), factors, strict=False):
-                if bool(factor.isfinite()):
-                    u += factor * v.to(u)
-                    count += 1
+                u += factor * v.to(u)
+            count += int((factors != 0).sum())
         return u, float(count)

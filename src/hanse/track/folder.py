@@ -65,13 +65,15 @@ class Folder:
     def describe(self, run: Run) -> None:
         """Replace ``run.json``."""
         about = {"method": run.method, "seed": run.seed, "settings": run.settings, "names": run.names, "notes": run.notes}
-        about["answers"] = run.answers
+        about |= {"answers": run.answers}
         self.replace(SETTINGS, json.dumps(about, indent=1).encode())
 
     def _about(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
-            return {name: found[name] for name in ("method", "seed", "settings", "names", "notes", "answers")}
+            return {name: found[name] for name in ("method", "seed", "settings", "names", "notes")} | {
+                "answers": found.get("answers", [])
+            }
         except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{self.path} is not a run folder: no readable {SETTINGS}") from None
 
